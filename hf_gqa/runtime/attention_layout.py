@@ -1,0 +1,48 @@
+"""How a family's attention projects, norms, rotates and names its tensors; as data."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayout:
+    """Where the heads of one `model_type` live.
+
+    Args:
+        model_type: the `model_type` of the configuration whose checkpoints look like this.
+        base_model_prefix: the attribute of a head class that holds the base model (`model`, `transformer`).
+        attention: path of a layer's attention below the base model, with `{layer_idx}`.
+        query, key, value, output: names of the projections below `attention`.
+        fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
+            `key` and `value` are not names of tensors on disk.
+        transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
+        query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
+        rotary: how rotary pairs lie in head_dim: "halves" (i with i + D/2), or None for no rotary embedding.
+        key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
+            has as many KV heads as query heads whatever its configuration says.
+        position: the position scheme in words, for people.
+    """
+
+    model_type: str
+    base_model_prefix: str
+    attention: str
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    fused: str | None = None
+    transposed: frozenset[str] = frozenset()
+    query_norm: str | None = None
+    key_norm: str | None = None
+    rotary: str | None = None
+    key_value_heads_field: str | None = "num_key_value_heads"
+    position: str
+
+    def unfused(self, model_type: str) -> "AttentionLayout":
+        """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
+        return replace(
+            self,
+            model_type=model_type,
+            fused=None,
+            transposed=self.transposed - {self.fused},
+            key_value_heads_field="num_key_value_heads",
+        )

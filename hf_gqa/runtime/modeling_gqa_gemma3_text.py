@@ -1,0 +1,44 @@
+"""Gemma 3 text with the KV heads its plan gives each layer; sliding and full layers, query and key norms."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
+from transformers.generation import GenerationMixin
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
+
+from .attention_layout import AttentionLayout
+from .planned_attention import PlannedAttention
+from .planned_model import PlannedConfig, PlannedHead, PlannedModel
+
+
+DONOR_LAYOUT = AttentionLayout(
+    model_type="gemma3_text",
+    base_model_prefix="model",
+    attention="layers.{layer_idx}.self_attn",
+    query_norm="q_norm",
+    key_norm="k_norm",
+    rotary="halves",
+    position="RoPE, sliding and full layers",
+)
+
+
+@strict
+class GQAGemma3TextConfig(PlannedConfig, Gemma3TextConfig):
+    model_type = "gqa_gemma3_text"
+    layer_plan: list[dict] | None = None
+
+
+class GQAGemma3TextAttention(PlannedAttention, Gemma3Attention):
+    donor_layout = DONOR_LAYOUT
+    rotate = staticmethod(apply_rotary_pos_emb)
+
+
+class GQAGemma3TextModel(PlannedModel, Gemma3TextModel):
+    config: GQAGemma3TextConfig
+    config_class = GQAGemma3TextConfig
+    attention_class = GQAGemma3TextAttention
+
+
+class GQAGemma3TextForCausalLM(PlannedHead, Gemma3ForCausalLM, GenerationMixin):
+    config: GQAGemma3TextConfig
+    config_class = GQAGemma3TextConfig
+    model_class = GQAGemma3TextModel

@@ -1,0 +1,58 @@
+"""GPT-2 with the KV heads its plan gives each layer; separate query, key and value, learned positions."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.generation import GenerationMixin
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+from .attention_layout import AttentionLayout
+from .planned_attention import PlannedAttention
+from .planned_model import PlannedConfig, PlannedHead, PlannedModel
+
+
+DONOR_LAYOUT = AttentionLayout(
+    model_type="gpt2",
+    base_model_prefix="transformer",
+    attention="h.{layer_idx}.attn",
+    fused="c_attn",
+    output="c_proj",
+    transposed=frozenset({"c_attn", "c_proj"}),
+    key_value_heads_field=None,
+    position="learned",
+)
+
+
+@strict
+class GQAGPT2Config(PlannedConfig, GPT2Config):
+    model_type = "gqa_gpt2"
+    base_model_tp_plan = {
+        "h.*.attn.q_proj": "colwise",
+        "h.*.attn.k_proj": "colwise",
+        "h.*.attn.v_proj": "colwise",
+    }
+    num_key_value_heads: int | None = None
+    layer_plan: list[dict] | None = None
+
+
+class GQAGPT2Attention(PlannedAttention, GPT2Attention):
+    donor_layout = DONOR_LAYOUT
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.attention_dropout = config.attn_pdrop
+
+    def forward(self, hidden_states, **kwargs):
+        output, weights = super().forward(hidden_states, **kwargs)
+        return self.resid_dropout(output), weights
+
+
+class GQAGPT2Model(PlannedModel, GPT2Model):
+    config: GQAGPT2Config
+    config_class = GQAGPT2Config
+    attention_class = GQAGPT2Attention
+
+
+class GQAGPT2ForCausalLM(PlannedHead, GPT2LMHeadModel, GenerationMixin):
+    config: GQAGPT2Config
+    config_class = GQAGPT2Config
+    model_class = GQAGPT2Model

@@ -1,0 +1,42 @@
+"""Llama with the KV heads its plan gives each layer."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.generation import GenerationMixin
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from .attention_layout import AttentionLayout
+from .planned_attention import PlannedAttention
+from .planned_model import PlannedConfig, PlannedHead, PlannedModel
+
+
+DONOR_LAYOUT = AttentionLayout(
+    model_type="llama",
+    base_model_prefix="model",
+    attention="layers.{layer_idx}.self_attn",
+    rotary="halves",
+    position="RoPE",
+)
+
+
+@strict
+class GQALlamaConfig(PlannedConfig, LlamaConfig):
+    model_type = "gqa_llama"
+    layer_plan: list[dict] | None = None
+
+
+class GQALlamaAttention(PlannedAttention, LlamaAttention):
+    donor_layout = DONOR_LAYOUT
+    rotate = staticmethod(apply_rotary_pos_emb)
+
+
+class GQALlamaModel(PlannedModel, LlamaModel):
+    config: GQALlamaConfig
+    config_class = GQALlamaConfig
+    attention_class = GQALlamaAttention
+
+
+class GQALlamaForCausalLM(PlannedHead, LlamaForCausalLM, GenerationMixin):
+    config: GQALlamaConfig
+    config_class = GQALlamaConfig
+    model_class = GQALlamaModel

@@ -1,0 +1,1 @@
+"""Floor 1: attention weights as tensors in one canonical form, without modules."""

@@ -1,0 +1,59 @@
+"""One layer's attention in canonical form.
+
+Shapes: H query heads, K KV heads, D head_dim, E hidden.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWeights:
+    """The tensors of one layer's attention; query head h reads KV head h // (H / K).
+
+    Args:
+        query_HDE, key_KDE, value_KDE: projections, one `[D, E]` matrix per head.
+        output_EHD: the output projection.
+        query_bias_HD, key_bias_KD, value_bias_KD, output_bias_E: biases, or None where the family has none.
+    """
+
+    query_HDE: torch.Tensor
+    key_KDE: torch.Tensor
+    value_KDE: torch.Tensor
+    output_EHD: torch.Tensor
+    query_bias_HD: torch.Tensor | None = None
+    key_bias_KD: torch.Tensor | None = None
+    value_bias_KD: torch.Tensor | None = None
+    output_bias_E: torch.Tensor | None = None
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.query_HDE.shape[0]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.key_KDE.shape[0]
+
+    def map_key_value(self, change) -> "AttentionWeights":
+        """Apply `change` to keys, values and their biases alike; KV heads are the first axis of each."""
+        names = ("key_KDE", "value_KDE", "key_bias_KD", "value_bias_KD")
+        present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: change(tensor) for name, tensor in present.items()})
+
+    def mean_per_group(self, num_key_value_heads: int) -> "AttentionWeights":
+        """Replace each group of neighbouring KV heads by its mean, taken in at least fp32.
+
+        Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), section 2.1.
+        """
+
+        def mean(tensor_K: torch.Tensor) -> torch.Tensor:
+            wide = tensor_K.to(torch.promote_types(tensor_K.dtype, torch.float32))
+            return wide.unflatten(0, (num_key_value_heads, -1)).mean(1).to(tensor_K.dtype)
+
+        return self.map_key_value(mean)
+
+    def repeat_key_value(self, num_key_value_heads: int) -> "AttentionWeights":
+        """Repeat each KV head until there are `num_key_value_heads`; the layer computes what it did."""
+        times = num_key_value_heads // self.num_key_value_heads
+        return self.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(times, dim=0))

@@ -1,0 +1,78 @@
+"""Between a checkpoint's tensors and canonical heads, as the family's layout says.
+
+Shapes: H query heads, K KV heads, D head_dim, E hidden.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ..runtime.attention_layout import AttentionLayout
+from .attention_weights import AttentionWeights
+
+
+def projection_names(layout: AttentionLayout) -> tuple[str, ...]:
+    """The projections of one layer that exist as tensors, in the order they are written."""
+    inputs = (layout.fused,) if layout.fused else (layout.query, layout.key, layout.value)
+    return (*inputs, layout.output)
+
+
+def head_tensor_names(layout: AttentionLayout) -> tuple[str, ...]:
+    """Names below the layer's attention of every tensor that can hold heads."""
+    return tuple(f"{name}.{kind}" for name in projection_names(layout) for kind in ("weight", "bias"))
+
+
+def read_heads(
+    layout: AttentionLayout, get: Callable[[str], torch.Tensor | None], num_attention_heads: int, head_dim: int
+) -> AttentionWeights:
+    """Read one layer; views of the stored tensors wherever the layout allows.
+
+    Args:
+        get: name below the layer's attention (`k_proj.weight`) -> tensor, None if there is none.
+        num_attention_heads: H.
+        head_dim: D.
+    """
+
+    def stored(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = get(f"{name}.weight")
+        return (weight.t() if name in layout.transposed else weight), get(f"{name}.bias")
+
+    if layout.fused:
+        weight, bias = stored(layout.fused)
+        query_rows = num_attention_heads * head_dim
+        key_value_rows = (weight.shape[0] - query_rows) // 2
+        sizes = (query_rows, key_value_rows, key_value_rows)
+        weights = weight.split(sizes)
+        biases = bias.split(sizes) if bias is not None else (None,) * 3
+    else:
+        weights, biases = zip(*(stored(name) for name in (layout.query, layout.key, layout.value)), strict=True)
+    output, output_bias = stored(layout.output)
+    query_HDE, key_KDE, value_KDE = (weight.unflatten(0, (-1, head_dim)) for weight in weights)
+    query_bias, key_bias, value_bias = (b.unflatten(0, (-1, head_dim)) if b is not None else None for b in biases)
+    return AttentionWeights(
+        query_HDE=query_HDE,
+        key_KDE=key_KDE,
+        value_KDE=value_KDE,
+        output_EHD=output.unflatten(1, (num_attention_heads, head_dim)),
+        query_bias_HD=query_bias,
+        key_bias_KD=key_bias,
+        value_bias_KD=value_bias,
+        output_bias_E=output_bias,
+    )
+
+
+def write_heads(layout: AttentionLayout, heads: AttentionWeights) -> dict[str, torch.Tensor]:
+    """The inverse of `read_heads`: name below the layer's attention -> contiguous tensor."""
+    weights = [w.flatten(0, 1) for w in (heads.query_HDE, heads.key_KDE, heads.value_KDE)]
+    biases = [b.flatten() for b in (heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD) if b is not None]
+    if layout.fused:
+        weights, biases = [torch.cat(weights)], [torch.cat(biases)] if biases else []
+    weights.append(heads.output_EHD.flatten(1))
+    names = projection_names(layout)
+    tensors = {}
+    for name, weight in zip(names, weights, strict=True):
+        tensors[f"{name}.weight"] = (weight.t() if name in layout.transposed else weight).contiguous()
+    tensors.update((f"{name}.bias", bias.contiguous()) for name, bias in zip(names, biases, strict=False))
+    if heads.output_bias_E is not None:
+        tensors[f"{layout.output}.bias"] = heads.output_bias_E
+    return tensors
