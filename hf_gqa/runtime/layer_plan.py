@@ -35,7 +35,9 @@ def uniform_rows(num_hidden_layers: int, num_key_value_heads: int) -> tuple[Laye
 def check_rows(rows: tuple[LayerPlan, ...], num_hidden_layers: int, num_attention_heads: int) -> None:
     """Raise ValueError, naming the row, if the table breaks an invariant."""
     if len(rows) != num_hidden_layers:
-        raise ValueError(f"layer_plan: {len(rows)} rows for num_hidden_layers = {num_hidden_layers}. Give one row each.")
+        raise ValueError(
+            f"layer_plan: {len(rows)} rows for num_hidden_layers = {num_hidden_layers}. Give one row each."
+        )
     for layer_idx, row in enumerate(rows):
         heads = row.num_key_value_heads
         if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or num_attention_heads % heads:

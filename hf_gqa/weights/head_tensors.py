@@ -64,15 +64,14 @@ def read_heads(
 def write_heads(layout: AttentionLayout, heads: AttentionWeights) -> dict[str, torch.Tensor]:
     """The inverse of `read_heads`: name below the layer's attention -> contiguous tensor."""
     weights = [w.flatten(0, 1) for w in (heads.query_HDE, heads.key_KDE, heads.value_KDE)]
-    biases = [b.flatten() for b in (heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD) if b is not None]
+    biases = [None if b is None else b.flatten() for b in (heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD)]
     if layout.fused:
-        weights, biases = [torch.cat(weights)], [torch.cat(biases)] if biases else []
+        weights, biases = [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
     weights.append(heads.output_EHD.flatten(1))
-    names = projection_names(layout)
+    biases.append(heads.output_bias_E)
     tensors = {}
-    for name, weight in zip(names, weights, strict=True):
+    for name, weight, bias in zip(projection_names(layout), weights, biases, strict=True):
         tensors[f"{name}.weight"] = (weight.t() if name in layout.transposed else weight).contiguous()
-    tensors.update((f"{name}.bias", bias.contiguous()) for name, bias in zip(names, biases, strict=False))
-    if heads.output_bias_E is not None:
-        tensors[f"{layout.output}.bias"] = heads.output_bias_E
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias.contiguous()
     return tensors

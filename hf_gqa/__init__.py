@@ -1,0 +1,16 @@
+"""Turn a pretrained multi-head checkpoint into a grouped-query one that is cheaper to serve.
+
+Importing this package registers its own model types with `AutoConfig` and `AutoModel*`; it replaces nothing.
+"""
+
+from .convert.families import register_families
+from .convert.in_memory import convert
+from .convert.plan import ConversionPlan
+from .export.write_student import convert_checkpoint, save_student
+from .refusal import Refusal
+
+
+__version__ = "0.1.0"
+__all__ = ["ConversionPlan", "Refusal", "convert", "convert_checkpoint", "save_student"]
+
+register_families()

@@ -1,0 +1,48 @@
+"""The front door: one Typer command per station."""
+
+import signal
+import sys
+
+import typer
+
+from .convert import convert
+from .inspect import inspect
+from .verify import verify
+
+
+app = typer.Typer(
+    name="hf-gqa",
+    help="Turn a pretrained Transformers checkpoint into a grouped-query one that is cheaper to serve.",
+    epilog="Exit codes: 0 done, 1 a check failed, 2 the input was refused, 3 reading or writing failed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+)
+for command, example in (
+    (inspect, "hf-gqa inspect ./my-donor"),
+    (convert, "hf-gqa convert ./my-donor ./my-student --num-key-value-heads 2 --method mean_pool"),
+    (verify, "hf-gqa verify ./my-student --donor ./my-donor"),
+):
+    app.command(epilog=f"Example: {example}")(command)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that staged folders are removed
+    app()

@@ -1,0 +1,74 @@
+"""hf-gqa convert: explain the plan, then write the student."""
+
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from ..convert.donor import open_donor
+from ..convert.plan import EXPORTS, ConversionPlan
+from ..convert.target import choose_target
+from ..export.explanation import Explanation, explain
+from ..export.staging import check_output
+from ..export.write_student import convert_checkpoint
+from ..methods import METHODS
+from .printing import cache_in_words, console, errors_as_messages, heads_in_words, human_bytes, human_count, print_json
+
+
+def convert(
+    donor: str = typer.Argument(..., help="Folder or Hub repository of the donor; it is only read."),
+    output: Path = typer.Argument(..., help="Folder to write; it appears complete or not at all."),
+    num_key_value_heads: int = typer.Option(..., help="KV heads of every layer of the student; 1 is multi-query."),
+    method: str = typer.Option("mean_pool", help=f"Conversion methods, comma-separated: {', '.join(METHODS.names())}."),
+    export: str = typer.Option("auto", help=f"How to export: {', '.join(EXPORTS)}."),
+    seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
+    revision: str = typer.Option(None, help="Branch, tag or commit on the Hub."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Explain the plan and write nothing."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUTPUT if it holds a model."),
+    weights_only: bool = typer.Option(
+        False, "--weights-only", help="Read a donor that ships code as its native class."
+    ),
+    trust_remote_code: bool = typer.Option(
+        False, "--trust-remote-code", help="The same, after running the donor's code once to compare."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Convert DONOR into a student with fewer (or, with expand, more) KV heads, and write it to OUTPUT."""
+    with errors_as_messages(json):
+        plan = ConversionPlan(num_key_value_heads=num_key_value_heads, method=method, export=export, seed=seed)
+        check_output(output, overwrite, None)
+        opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
+        explanation = explain(opened, plan, choose_target(opened, plan))
+        if not json:
+            print_explanation(explanation, output)
+        if not dry_run:
+            convert_checkpoint(opened, output, plan, overwrite=overwrite)
+    if json:
+        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run})
+    elif dry_run:
+        console().print("Nothing was written (--dry-run).")
+    else:
+        console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
+
+
+def print_explanation(explanation: Explanation, output: Path) -> None:
+    before, after = explanation.before, explanation.after
+    table = Table("", "donor", "student", title=f"{explanation.donor} -> {output}", title_justify="left")
+    for name, describe in (
+        ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
+        ("query heads", lambda side: str(side["num_attention_heads"])),
+        ("cache per token", cache_in_words),
+        ("parameters", lambda side: human_count(side["parameters"])),
+        ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
+        ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
+        ("model type", lambda side: side["model_type"]),
+    ):
+        table.add_row(name, describe(before), describe(after))
+    out = console()
+    out.print(table)
+    out.print(f"method: {', '.join(explanation.plan['method'])}; export: {explanation.export}, {explanation.reason}")
+    out.print(
+        f"files: {', '.join(explanation.files[:3])}{' ...' if len(explanation.files) > 3 else ''}, config.json, ..."
+    )
+    for note in explanation.notes:
+        out.print(f"note: {note}")

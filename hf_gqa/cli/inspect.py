@@ -1,0 +1,46 @@
+"""hf-gqa inspect: what a donor is and what it can become."""
+
+import typer
+from rich.table import Table
+
+from ..convert.donor import open_donor
+from ..export.inspection import inspect_donor
+from .printing import cache_in_words, console, errors_as_messages, heads_in_words, human_bytes, human_count, print_json
+
+
+def inspect(
+    donor: str = typer.Argument(..., help="Folder or Hub repository of the donor."),
+    revision: str = typer.Option(None, help="Branch, tag or commit on the Hub."),
+    weights_only: bool = typer.Option(
+        False, "--weights-only", help="Read a donor that ships code as its native class."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Show heads, cache, legal targets and how each would be exported; nothing is written."""
+    with errors_as_messages(json):
+        found = inspect_donor(open_donor(donor, revision=revision, weights_only=weights_only))
+    if json:
+        print_json(found)
+        return
+    out = console()
+    out.print(
+        f"[bold]{found['donor']}[/bold]: {found['model_class']} ({found['model_type']}), position: {found['position']}"
+    )
+    out.print(f"  query heads    {found['num_attention_heads']} x {found['head_dim']}")
+    out.print(f"  KV heads       {heads_in_words(found['num_key_value_heads'])}")
+    out.print(
+        f"  parameters     {human_count(found['parameters'])} ({human_bytes(found['weight_bytes'])}, {found['dtype']})"
+    )
+    out.print(f"  cache/token    {cache_in_words(found)}")
+    table = Table("KV heads", "method", "cache/token", "of donor", "tensor parallel", "export", "because")
+    for target in found["targets"]:
+        table.add_row(
+            str(target["num_key_value_heads"]),
+            target["kind"],
+            cache_in_words(target),
+            f"{target['cache_fraction']:.3g}",
+            ", ".join(map(str, target["tensor_parallel_sizes"])),
+            target["export"],
+            target["reason"],
+        )
+    out.print(table)

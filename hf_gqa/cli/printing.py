@@ -1,0 +1,71 @@
+"""What commands print: tables for people, JSON for machines, one message for bad input."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from transformers.utils import logging
+
+from ..refusal import Refusal
+
+
+CHECK_FAILED, REFUSED, SYSTEM_FAILED = 1, 2, 3
+
+
+def console() -> Console:
+    """On a pipe or in a file, lines are not folded to a guessed width."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
+@contextmanager
+def errors_as_messages(as_json: bool) -> Iterator[None]:
+    """Bad input and failing disks end the command with one message and an exit code, without a traceback."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (Refusal, OSError) as error:
+        if as_json:
+            print_json({"error": str(error)})
+        print(f"hf-gqa: {error}", file=sys.stderr)
+        raise typer.Exit(REFUSED if isinstance(error, Refusal) else SYSTEM_FAILED) from None
+
+
+def print_json(value) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def human_bytes(size: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def human_count(number: int) -> str:
+    """5049600 -> '5.05M'."""
+    for unit in ("", "K", "M", "B"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def heads_in_words(per_layer: list[int]) -> str:
+    """[2, 2, 2] -> '2 in each of 3 layers'."""
+    if len(set(per_layer)) == 1:
+        return f"{per_layer[0]} in each of {len(per_layer)} layers"
+    return ", ".join(str(heads) for heads in per_layer)
+
+
+def cache_in_words(side: dict) -> str:
+    """The cache of one token, and what it falls to beyond the sliding window where there is one."""
+    inside, beyond = side["cache_bytes_per_token"], side["cache_bytes_per_token_beyond_window"]
+    words = human_bytes(inside)
+    return words if inside == beyond else f"{words} ({human_bytes(beyond)} beyond the sliding window)"

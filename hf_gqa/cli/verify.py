@@ -1,0 +1,38 @@
+"""hf-gqa verify: check a student in a fresh process, and against its donor."""
+
+from pathlib import Path
+
+import typer
+
+from ..convert.donor import open_donor
+from ..export.verify import TOLERANCE
+from ..export.verify import verify as run_checks
+from .printing import CHECK_FAILED, console, errors_as_messages, print_json
+
+
+def verify(
+    output: Path = typer.Argument(..., help="Folder of the student."),
+    donor: str = typer.Option(None, help="Folder or Hub repository of its donor, to compare logits with."),
+    revision: str = typer.Option(None, help="Branch, tag or commit of the donor on the Hub."),
+    weights_only: bool = typer.Option(
+        False, "--weights-only", help="Read a donor that ships code as its native class."
+    ),
+    dtype: str = typer.Option("float32", help=f"To compute in: {', '.join(TOLERANCE)}."),
+    trust_remote_code: bool = typer.Option(
+        False, "--trust-remote-code", help="Run a bundle's code even if it is not this hf_gqa's."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Load OUTPUT where hf_gqa cannot be imported; compare it with its manifest and, given the donor, with its logits."""
+    with errors_as_messages(json):
+        opened = open_donor(donor, revision=revision, weights_only=weights_only) if donor else None
+        checks = run_checks(output, opened, dtype=dtype, trust_remote_code=trust_remote_code)
+    passed = all(check.passed is not False for check in checks)
+    if json:
+        print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
+    else:
+        marks = {True: "[green]ok[/green]    ", False: "[red]FAILED[/red]", None: "not run"}
+        for check in checks:
+            console().print(f"{marks[check.passed]} {check.name}: {check.detail}")
+    if not passed:
+        raise typer.Exit(CHECK_FAILED)

@@ -1,0 +1,1 @@
+"""Floor 3: (donor, plan) -> student, tensor by tensor."""

@@ -1,0 +1,85 @@
+"""The families we know: one `runtime/modeling_gqa_<model_type>.py` each."""
+
+from dataclasses import dataclass
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..refusal import Refusal
+from ..registry import Registry
+from ..runtime import planned_model
+from ..runtime.attention_layout import AttentionLayout
+
+
+FAMILIES = Registry("hf_gqa.runtime", "family", "DONOR_LAYOUT", prefix="modeling_gqa_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family's donors and our own classes for it.
+
+    Args:
+        donor_layout: of native checkpoints.
+        bundle_layout: of checkpoints of our own classes.
+        config_class, base_class, causal_lm_class: our own classes.
+    """
+
+    donor_layout: AttentionLayout
+    bundle_layout: AttentionLayout
+    config_class: type[PretrainedConfig]
+    base_class: type[PreTrainedModel]
+    causal_lm_class: type[PreTrainedModel]
+
+    @property
+    def model_type(self) -> str:
+        return self.donor_layout.model_type
+
+    @property
+    def native_config_class(self) -> type[PretrainedConfig]:
+        return type(AutoConfig.for_model(self.model_type))
+
+    def layout_of(self, model_type: str) -> AttentionLayout:
+        return self.donor_layout if model_type == self.model_type else self.bundle_layout
+
+
+def load_family(name: str) -> Family:
+    module = FAMILIES.module(name)
+    donor_layout = module.DONOR_LAYOUT
+
+    def own(mixin: type) -> type:
+        found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c is not mixin]
+        if len(found) != 1:
+            raise TypeError(f"{module.__file__}: a family defines one subclass of {mixin.__name__}, got {len(found)}.")
+        return found[0]
+
+    config_class = own(planned_model.PlannedConfig)
+    return Family(
+        donor_layout=donor_layout,
+        bundle_layout=donor_layout.unfused(config_class.model_type),
+        config_class=config_class,
+        base_class=own(planned_model.PlannedModel),
+        causal_lm_class=own(planned_model.PlannedHead),
+    )
+
+
+def family_of(model_type: str, where: str) -> Family:
+    """The family that a configuration's `model_type` belongs to; Refusal, with the known ones, if there is none."""
+    name = str(model_type).removeprefix("gqa_")
+    known = FAMILIES.names()
+    if name not in known:
+        raise Refusal(
+            f"{where}: model_type = {model_type!r} is not a family that hf_gqa converts; it does not guess how unknown "
+            f"attention stores its heads. Known: {', '.join(known)}."
+        )
+    return load_family(name)
+
+
+def register_families() -> None:
+    """Make `AutoConfig` and `AutoModel*` know our own classes, under model types of their own."""
+    for name in FAMILIES.names():
+        family = load_family(name)
+        AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
+        AutoModel.register(family.config_class, family.base_class, exist_ok=True)
+        AutoModelForCausalLM.register(family.config_class, family.causal_lm_class, exist_ok=True)
+        family.config_class.register_for_auto_class()
+        family.base_class.register_for_auto_class("AutoModel")
+        family.causal_lm_class.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,56 @@
+"""Convert a model in memory."""
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from .donor import donor_from_model
+from .plan import ConversionPlan
+from .surgery import converted_shards
+from .target import choose_target
+
+
+def convert(model: PreTrainedModel, plan: ConversionPlan | None = None, **plan_fields) -> PreTrainedModel:
+    """A new model that follows the plan; `model` is untouched and shares no memory with it.
+
+    Source: GQA (Ainslie et al. 2023, arXiv 2305.13245) for the default method, `mean_pool`.
+
+    Args:
+        model: the donor: any transformers model of a known family, base or with a head, on one device.
+        plan: what the student shall be; or give its fields, as in `convert(model, num_key_value_heads=2)`.
+
+    Returns:
+        The student, in the donor's dtype, device and training mode: of the donor's own class where that can express
+        the plan, else of a class that `save_pretrained` ships along with the weights.
+
+    Raises:
+        Refusal: the plan does not fit the donor, or the donor is not one that can be converted.
+    """
+    plan = plan or ConversionPlan(**plan_fields)
+    donor = donor_from_model(model)
+    target = choose_target(donor, plan)
+    state = {}
+    for _, tensors in converted_shards(donor, plan, target):
+        state.update((name, tensor.clone()) for name, tensor in tensors.items())
+    student, loading = target.model_class.from_pretrained(
+        None,
+        config=target.config,
+        state_dict=dict(state),
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        output_loading_info=True,
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+    _restore_dtypes(student, state)
+    if getattr(model, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(model.generation_config)
+    student.train(model.training)
+    return student.to(model.device)
+
+
+def _restore_dtypes(student: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Loading casts everything to one dtype; a donor of several keeps them."""
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = state[name]

@@ -1,0 +1,111 @@
+"""What the user asks for."""
+
+from dataclasses import asdict, dataclass, fields
+
+from ..methods import METHODS, method_kind
+from ..refusal import Refusal
+from ..runtime.layer_plan import LayerPlan
+from ..sharing import SHARINGS
+
+
+EXPORTS = ("auto", "native", "bundle")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionPlan:
+    """What the student shall be; checked when made, exact round trip through JSON.
+
+    Args:
+        num_key_value_heads: KV heads of every layer.
+        method: names of conversion methods, applied in order; a string may hold several, separated by commas.
+        sharing: name of the pattern by which layers share.
+        export: "native" for the donor's own class, "bundle" for self-contained code, "auto" for native if it can be.
+        seed: of the methods that draw random numbers.
+
+    Raises:
+        Refusal: an unknown name, or a value out of range.
+    """
+
+    num_key_value_heads: int
+    method: tuple[str, ...] = ("mean_pool",)
+    sharing: str = "own"
+    export: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        method = self.method.split(",") if isinstance(self.method, str) else self.method
+        method = tuple(name.strip().replace("-", "_") for name in method)
+        object.__setattr__(self, "method", method)
+        heads = self.num_key_value_heads
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+            raise Refusal(f"num_key_value_heads = {heads!r} is not a positive whole number. Use 1 or more.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise Refusal(f"seed = {self.seed!r} is not a whole number from 0. Use 0 or more.")
+        if self.export not in EXPORTS:
+            raise Refusal(f"export = {self.export!r} is unknown. Use one of {', '.join(EXPORTS)}.")
+        SHARINGS.get(self.sharing)
+        changing = [name for name in method if method_kind(name) != "rearrange"]
+        if len(changing) != 1:
+            raise Refusal(
+                f"method = {','.join(method)}: {len(changing)} of these change the number of KV heads. Use exactly one "
+                f"of {', '.join(name for name in METHODS.names() if method_kind(name) != 'rearrange')}."
+            )
+
+    @property
+    def head_count_method(self) -> str:
+        """The one method that changes the number of KV heads."""
+        return next(name for name in self.method if method_kind(name) != "rearrange")
+
+    def rows(self, num_hidden_layers: int) -> tuple[LayerPlan, ...]:
+        return SHARINGS.get(self.sharing)(num_hidden_layers, self.num_key_value_heads)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"method": list(self.method)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ConversionPlan":
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise Refusal(f"plan: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
+        return cls(**values)
+
+
+def legal_targets(num_attention_heads: int, num_key_value_heads: int) -> tuple[list[int], list[int]]:
+    """KV head counts that a donor can be reduced to, and those it can be expanded to."""
+    fewer = [n for n in range(1, num_key_value_heads + 1) if num_key_value_heads % n == 0]
+    more = [
+        n
+        for n in range(num_key_value_heads + 1, num_attention_heads + 1)
+        if n % num_key_value_heads == 0 and num_attention_heads % n == 0
+    ]
+    return fewer, more
+
+
+def check_plan(plan: ConversionPlan, num_attention_heads: int, num_key_value_heads: int, where: str) -> None:
+    """Refuse a plan that this donor's heads cannot follow."""
+    fewer, more = legal_targets(num_attention_heads, num_key_value_heads)
+    wanted = plan.num_key_value_heads
+    if wanted == num_key_value_heads:
+        return
+    if method_kind(plan.head_count_method) == "expand":
+        if wanted not in more:
+            raise Refusal(
+                f"num_key_value_heads = {wanted}: 'expand' repeats the {num_key_value_heads} KV heads of donor '{where}' "
+                f"({num_attention_heads} query heads). Use one of {_listed(more) or 'none: it has all of them'}."
+            )
+    elif wanted > num_key_value_heads:
+        raise Refusal(
+            f"num_key_value_heads = {wanted} is more than the {num_key_value_heads} KV heads of donor '{where}'. "
+            f"Use one of {_listed(fewer)}" + (f", or --method expand with {_listed(more)}." if more else ".")
+        )
+    elif wanted not in fewer:
+        of = "num_attention_heads" if num_key_value_heads == num_attention_heads else "the donor's num_key_value_heads"
+        raise Refusal(
+            f"num_key_value_heads = {wanted} does not divide {of} = {num_key_value_heads} (donor '{where}'). "
+            f"Use one of {_listed(fewer)}."
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

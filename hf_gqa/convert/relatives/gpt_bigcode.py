@@ -1,0 +1,56 @@
+"""GPT-2 with one KV head is GPT-BigCode (the StarCoder and SantaCoder class) with `multi_query`.
+
+Source: MQA (Shazeer 2019, arXiv 1911.02150); SantaCoder (2301.03988) for the class.
+"""
+
+from transformers import GPTBigCodeConfig, PretrainedConfig
+
+from ...runtime.attention_layout import AttentionLayout
+from ...runtime.layer_plan import LayerPlan
+from . import Relative
+
+
+SHARED_FIELDS = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "resid_pdrop",
+    "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range", "scale_attn_weights", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype",
+)  # fmt: skip
+
+
+def obstacle(config: PretrainedConfig, rows: tuple[LayerPlan, ...]) -> str | None:
+    if any(row.num_key_value_heads != 1 for row in rows):
+        return "gpt_bigcode, its native relative, has one KV head only"
+    for field in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+        if getattr(config, field):
+            return f"gpt_bigcode, its native relative, has no {field}"
+    return None
+
+
+def to_gpt_bigcode(config: PretrainedConfig) -> GPTBigCodeConfig:
+    labels = {"id2label": config.id2label, "label2id": config.label2id}
+    return GPTBigCodeConfig(multi_query=True, **labels, **{field: getattr(config, field) for field in SHARED_FIELDS})
+
+
+RELATIVE = Relative(
+    of="gpt2",
+    layout=AttentionLayout(
+        model_type="gpt_bigcode",
+        base_model_prefix="transformer",
+        attention="h.{layer_idx}.attn",
+        fused="c_attn",
+        output="c_proj",
+        key_value_heads_field=None,
+        position="learned",
+    ),
+    class_names={
+        "GPT2Model": "GPTBigCodeModel",
+        "GPT2LMHeadModel": "GPTBigCodeForCausalLM",
+        "GPT2ForSequenceClassification": "GPTBigCodeForSequenceClassification",
+        "GPT2ForTokenClassification": "GPTBigCodeForTokenClassification",
+        "GQAGPT2Model": "GPTBigCodeModel",
+        "GQAGPT2ForCausalLM": "GPTBigCodeForCausalLM",
+    },
+    obstacle=obstacle,
+    config=to_gpt_bigcode,
+    transposed=("mlp.c_fc.weight", "mlp.c_proj.weight"),
+)

@@ -1,0 +1,114 @@
+"""Donor tensors in, student tensors out, one donor shard at a time."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from ..methods import METHODS, MethodContext, method_kind
+from ..refusal import Refusal
+from ..runtime.attention_layout import AttentionLayout
+from ..weights.attention_weights import AttentionWeights
+from ..weights.head_tensors import head_tensor_names, read_heads, write_heads
+from .donor import Donor
+from .plan import ConversionPlan
+from .target import Target
+
+
+def converted_shards(
+    donor: Donor, plan: ConversionPlan, target: Target
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield, for each shard of the donor, its file name and the student's tensors that belong into it.
+
+    Tensors that a method leaves alone, and those outside attention, are the donor's own memory. A layer spread over
+    shards is converted once, at the first of them, and kept until the last has been written.
+
+    Raises:
+        Refusal: a tensor holds NaN or Inf.
+    """
+    surgery = _Surgery(donor, plan, target)
+    for file, names in donor.tensors.shards.items():
+        tensors = {}
+        for name in names:
+            if name not in donor.dropped:
+                tensors.update(surgery.student_tensors(name))
+        yield file, tensors
+
+
+def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
+    """Yield each layer's index and its heads as the donor has them."""
+    names = {name for shard in donor.tensors.shards.values() for name in shard}
+    pattern = _head_tensor_pattern(donor.layout)
+    attention = {int(match["layer"]): match["attention"] for match in map(pattern.fullmatch, names) if match}
+    for layer_idx, path in sorted(attention.items()):
+        yield layer_idx, _read_layer(donor, path, names)
+
+
+def _head_tensor_pattern(layout: AttentionLayout) -> re.Pattern:
+    """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
+    before, _, after = (re.escape(part) for part in layout.attention.partition("{layer_idx}"))
+    heads = "|".join(re.escape(name) for name in head_tensor_names(layout))
+    return re.compile(
+        rf"(?P<attention>(?:{re.escape(layout.base_model_prefix)}\.)?{before}(?P<layer>\d+){after})\.(?:{heads})"
+    )
+
+
+def _read_layer(donor: Donor, attention: str, names: set[str]) -> AttentionWeights:
+    def get(name: str) -> torch.Tensor | None:
+        full = f"{attention}.{name}"
+        return _finite(donor, full) if full in names else None
+
+    return read_heads(donor.layout, get, donor.num_attention_heads, donor.head_dim)
+
+
+def _finite(donor: Donor, name: str) -> torch.Tensor:
+    """The donor's tensor; NaN and Inf survive summation, so one cheap pass clears all but sums that overflow."""
+    tensor = donor.tensors.get(name)
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        bad = (~torch.isfinite(tensor)).sum().item()
+        raise Refusal(
+            f"{donor.folder or donor.name}: '{name}' holds {bad} NaN or Inf of {tensor.numel()} values. "
+            f"The donor is damaged: download it again, or find the training step that broke it."
+        )
+    return tensor
+
+
+class _Surgery:
+    """Which student tensors take the place of which donor tensor."""
+
+    def __init__(self, donor: Donor, plan: ConversionPlan, target: Target):
+        self.donor, self.plan, self.target = donor, plan, target
+        self.names = {name for names in donor.tensors.shards.values() for name in names}
+        self.head_tensor = _head_tensor_pattern(donor.layout)
+        self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
+
+    def student_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """A student tensor stands where the donor has one of its name, else where its layer begins."""
+        match = self.head_tensor.fullmatch(name)
+        if match is None:
+            return {name: self.target.passed_through(name, _finite(self.donor, name))}
+        layer_idx = int(match["layer"])
+        begins = layer_idx not in self.waiting
+        if begins:
+            self.waiting[layer_idx] = self.converted_layer(layer_idx, match["attention"])
+        waiting = self.waiting[layer_idx]
+        here = [new for new in waiting if new == name or (begins and new not in self.names)]
+        return {new: waiting.pop(new) for new in here}
+
+    def converted_layer(self, layer_idx: int, attention: str) -> dict[str, torch.Tensor]:
+        heads = self.apply_methods(_read_layer(self.donor, attention, self.names), layer_idx)
+        return {f"{attention}.{name}": tensor for name, tensor in write_heads(self.target.layout, heads).items()}
+
+    def apply_methods(self, heads: AttentionWeights, layer_idx: int) -> AttentionWeights:
+        """A method that changes the number of heads has nothing to do where the number is already right."""
+        wanted = self.target.rows[layer_idx].num_key_value_heads
+        layer = MethodContext(
+            layer_idx=layer_idx,
+            num_key_value_heads=wanted,
+            seed=self.plan.seed,
+            initializer_range=self.donor.config.initializer_range,
+        )
+        for name in self.plan.method:
+            if method_kind(name) == "rearrange" or heads.num_key_value_heads != wanted:
+                heads = METHODS.get(name)(heads, layer)
+        return heads

@@ -1,0 +1,146 @@
+"""Which class the student becomes: the donor's own, a native relative, or a bundle, and why."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from ..refusal import Refusal
+from ..runtime.attention_layout import AttentionLayout
+from ..runtime.layer_plan import LayerPlan
+from .donor import Donor
+from .plan import ConversionPlan, check_plan
+from .relatives import RELATIVES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The student before it has weights.
+
+    Args:
+        export: "native" or "bundle".
+        reason: why this export, in one sentence.
+        rows: one row per layer.
+        same_class: whether the student's class and tensor names are the donor's.
+        passed_through: (name, tensor) -> tensor, for tensors outside attention.
+    """
+
+    export: str
+    reason: str
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+    layout: AttentionLayout
+    rows: tuple[LayerPlan, ...]
+    same_class: bool
+    passed_through: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+
+
+def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
+    """Decide the student's class.
+
+    Raises:
+        Refusal: the plan does not fit the donor's heads, or its `export` cannot be had.
+    """
+    check_plan(plan, donor.num_attention_heads, donor.num_key_value_heads, donor.name)
+    rows = plan.rows(donor.config.num_hidden_layers)
+    native, obstacle = _native(donor, rows)
+    if plan.export == "native" and native is None:
+        raise Refusal(f"export = native: {obstacle}. Use --export auto or bundle.")
+    if native is not None and plan.export != "bundle":
+        return native
+    reason = "asked for with export = bundle" if native is not None else obstacle
+    return _bundle(donor, rows, reason)
+
+
+def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
+    """The native student, or None and the reason."""
+    layout, heads = donor.family.donor_layout, rows[0].num_key_value_heads
+    if any(row != rows[0] for row in rows):
+        return None, f"a native {layout.model_type} has one number of KV heads for all layers"
+    is_native = donor.layout == layout
+    if layout.key_value_heads_field is not None or heads == donor.num_attention_heads:
+        config = copy.deepcopy(donor.config) if is_native else _plain(donor.config, donor.family.native_config_class)
+        if layout.key_value_heads_field is not None:
+            setattr(config, layout.key_value_heads_field, heads)
+        target = Target(
+            export="native",
+            reason=f"{layout.model_type} has a number of KV heads of its own"
+            if layout.key_value_heads_field
+            else "the number of heads is the donor's",
+            config=config,
+            model_class=donor.model_class if is_native else _native_class(donor),
+            layout=layout,
+            rows=rows,
+            same_class=is_native,
+        )
+        return target, ""
+    obstacles = [f"a native {layout.model_type} has as many KV heads as query heads"]
+    for relative in map(RELATIVES.get, RELATIVES.names()):
+        if relative.of != layout.model_type:
+            continue
+        obstacle = relative.obstacle(donor.config, rows)
+        class_name = relative.class_names.get(donor.model_class.__name__)
+        if obstacle is None and class_name is None:
+            obstacle = (
+                f"{relative.layout.model_type}, its native relative, has no class for {donor.model_class.__name__}"
+            )
+        if obstacle is None:
+            target = Target(
+                export="native",
+                reason=f"{layout.model_type} with one KV head computes what {relative.layout.model_type} computes",
+                config=relative.config(donor.config),
+                model_class=getattr(transformers, class_name),
+                layout=relative.layout,
+                rows=rows,
+                same_class=False,
+                passed_through=relative.passed_through,
+            )
+            return target, ""
+        obstacles.append(obstacle)
+    return None, "; ".join(obstacles)
+
+
+def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
+    family = donor.family
+    own_class = {
+        MODEL_MAPPING[family.native_config_class]: family.base_class,
+        MODEL_FOR_CAUSAL_LM_MAPPING[family.native_config_class]: family.causal_lm_class,
+        family.base_class: family.base_class,
+        family.causal_lm_class: family.causal_lm_class,
+    }
+    if donor.model_class not in own_class:
+        allowed = ", ".join(sorted(c.__name__ for c in own_class if c.__module__.startswith("transformers.")))
+        raise Refusal(
+            f"export: {donor.model_class.__name__} cannot become a bundle, and not a native student either "
+            f"({reason}). Use a donor of class {allowed}."
+        )
+    if getattr(donor.config, "add_cross_attention", False):
+        raise Refusal("export: a bundle has no cross-attention (add_cross_attention is set). Use a decoder-only donor.")
+    heads = max(row.num_key_value_heads for row in rows)
+    config = _plain(
+        donor.config, family.config_class, num_key_value_heads=heads, layer_plan=[row.to_dict() for row in rows]
+    )
+    return Target(
+        export="bundle",
+        reason=reason,
+        config=config,
+        model_class=own_class[donor.model_class],
+        layout=family.bundle_layout,
+        rows=rows,
+        same_class=False,
+    )
+
+
+def _plain(config: PretrainedConfig, config_class: type[PretrainedConfig], **changes) -> PretrainedConfig:
+    """The same settings under another configuration class."""
+    ours = {"model_type", "architectures", "transformers_version", "auto_map", "layer_plan", "num_key_value_heads"}
+    return config_class(**{key: value for key, value in config.to_dict().items() if key not in ours}, **changes)
+
+
+def _native_class(donor: Donor) -> type[PreTrainedModel]:
+    mapping = MODEL_MAPPING if donor.model_class is donor.family.base_class else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[donor.family.native_config_class]

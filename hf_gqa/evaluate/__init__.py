@@ -1,0 +1,1 @@
+"""Floor 4: what the student costs and what it kept."""

@@ -1,0 +1,1 @@
+"""Floor 5: write the student, say what it is, and check it."""

@@ -1,0 +1,137 @@
+"""Before and after, in numbers, without reading a single weight."""
+
+from dataclasses import asdict, dataclass
+
+from ..convert.donor import Donor
+from ..convert.plan import ConversionPlan
+from ..convert.target import Target
+from ..evaluate.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
+from ..methods import method_kind
+
+
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
+COMMON_TENSOR_PARALLEL_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What a plan does to a donor.
+
+    Args:
+        before, after: model_type, num_attention_heads, num_key_value_heads, parameters, weight_bytes,
+            cache_bytes_per_token, cache_bytes_per_token_beyond_window, tensor_parallel_sizes.
+        notes: what the user should know before starting.
+    """
+
+    donor: str
+    plan: dict
+    export: str
+    reason: str
+    model_class: str
+    before: dict
+    after: dict
+    files: list[str]
+    notes: list[str]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def tensor_parallel_sizes(num_attention_heads: int, num_key_value_heads: int) -> list[int]:
+    """Group sizes that give every rank whole query heads and whole KV heads of its own."""
+    return [n for n in TENSOR_PARALLEL_SIZES if num_attention_heads % n == 0 and num_key_value_heads % n == 0]
+
+
+def facts(donor: Donor) -> dict:
+    """The donor's numbers, as `Explanation.before` holds them."""
+    kept = [name for names in donor.tensors.shards.values() for name in names if name not in donor.dropped]
+    sizes = {name: _elements(donor.tensors.shape(name)) for name in kept}
+    return _side(
+        donor,
+        donor.config.model_type,
+        [donor.num_key_value_heads] * donor.config.num_hidden_layers,
+        parameters=sum(sizes.values()),
+        weight_bytes=sum(size * donor.tensors.dtype(name).itemsize for name, size in sizes.items()),
+    )
+
+
+def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
+    """Compute before and after from shapes alone."""
+    before = facts(donor)
+    heads = [row.num_key_value_heads for row in target.rows]
+    changed = sum(heads) - donor.num_key_value_heads * len(heads)
+    per_head = 2 * donor.head_dim * (donor.config.hidden_size + _has_key_bias(donor))
+    after = _side(
+        donor,
+        target.config.model_type,
+        heads,
+        parameters=before["parameters"] + changed * per_head,
+        weight_bytes=before["weight_bytes"] + changed * per_head * _dtype(donor).itemsize,
+    )
+    return Explanation(
+        donor=donor.name,
+        plan=plan.to_dict(),
+        export=target.export,
+        reason=target.reason,
+        model_class=target.model_class.__name__,
+        before=before,
+        after=after,
+        files=list(donor.tensors.shards),
+        notes=_notes(donor, plan, heads, after),
+    )
+
+
+def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weight_bytes: int) -> dict:
+    dtype = _dtype(donor)
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": len(heads),
+        "num_attention_heads": donor.num_attention_heads,
+        "num_key_value_heads": heads,
+        "head_dim": donor.head_dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, heads, dtype),
+        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, heads, dtype),
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, max(heads)),
+    }
+
+
+def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) -> list[str]:
+    notes = []
+    if any(n != donor.num_key_value_heads for n in heads) and method_kind(plan.head_count_method) == "reduce":
+        notes.append(
+            "The student will be far worse than its donor until it is uptrained: merged heads were never trained to agree."
+        )
+    most = max(after["tensor_parallel_sizes"])
+    if most < COMMON_TENSOR_PARALLEL_SIZE and donor.num_attention_heads >= COMMON_TENSOR_PARALLEL_SIZE:
+        notes.append(
+            f"Tensor parallelism over more GPUs than {most} cannot give each its own KV heads: engines then copy heads, "
+            f"so that the cache per GPU shrinks no further, or refuse."
+        )
+    return notes
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    elements = 1
+    for size in shape:
+        elements *= size
+    return elements
+
+
+def _key_tensor(donor: Donor, kind: str) -> str:
+    """The end of the name of the tensors that hold the keys' weights or biases."""
+    return f".{donor.layout.fused or donor.layout.key}.{kind}"
+
+
+def _has_key_bias(donor: Donor) -> bool:
+    return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
+
+
+def _dtype(donor: Donor):
+    """Of the keys, which is the cache's."""
+    ending = _key_tensor(donor, "weight")
+    return next(
+        donor.tensors.dtype(name) for names in donor.tensors.shards.values() for name in names if name.endswith(ending)
+    )

@@ -1,0 +1,66 @@
+"""Run by `verify` in a process of its own, by its path: load a student as a user without hf_gqa would.
+
+Imports nothing of hf_gqa and makes it impossible to import. Argument: a JSON object with `folder`, `trust_remote_code`,
+`dtype`, `model_class` and `logits_file`. Prints one JSON object as its last line.
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+
+def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, logits_file: str) -> dict:
+    transformers.utils.logging.disable_progress_bar()
+    native = getattr(transformers, model_class, None)
+    auto = (
+        AutoModel if model_class.endswith("Model") and not model_class.endswith("LMHeadModel") else AutoModelForCausalLM
+    )
+    loader = auto if native is None else native
+    model, loading = loader.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        **({"trust_remote_code": trust_remote_code} if native is None else {}),
+    )
+    model.eval()
+    tokens, mask = probe(model.config.vocab_size)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        output = model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+    first = output.logits if "logits" in output else output.last_hidden_state
+    save_file({"logits": first.float().contiguous()}, logits_file)
+    generated = None
+    if model.can_generate():
+        generated = (
+            model.generate(
+                tokens[:1], attention_mask=mask[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+            ).shape[1]
+            - tokens.shape[1]
+        )
+    return {
+        "class": type(model).__name__,
+        "config_class": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).__name__,
+        "missing_keys": sorted(loading["missing_keys"]),
+        "unexpected_keys": sorted(loading["unexpected_keys"]),
+        "mismatched_keys": sorted(str(key) for key in loading["mismatched_keys"]),
+        "num_key_value_heads": [layer.keys.shape[1] for layer in cache.layers],
+        "finite": bool(torch.isfinite(first).all()),
+        "generated_tokens": generated,
+    }
+
+
+def probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeded tokens `[2, 24]` and their mask; the second row is left-padded by 7."""
+    tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    return tokens, mask
+
+
+if __name__ == "__main__":
+    sys.modules["hf_gqa"] = None  # any import of it now raises ImportError
+    print(json.dumps(main(**json.loads(sys.argv[1]))))

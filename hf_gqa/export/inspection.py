@@ -1,0 +1,34 @@
+"""What a donor is, and every head count it can be converted to."""
+
+from ..convert.donor import Donor
+from ..convert.plan import ConversionPlan, legal_targets
+from ..convert.target import choose_target
+from .explanation import explain, facts
+
+
+def inspect_donor(donor: Donor) -> dict:
+    """The donor's numbers, and for each legal head count what the student would be and why."""
+    before = facts(donor)
+    fewer, more = legal_targets(donor.num_attention_heads, donor.num_key_value_heads)
+    targets = []
+    for heads in reversed([*fewer, *more]):
+        kind = "keep" if heads == donor.num_key_value_heads else "expand" if heads in more else "reduce"
+        plan = ConversionPlan(num_key_value_heads=heads, method=("expand",) if kind == "expand" else ("mean_pool",))
+        explained = explain(donor, plan, choose_target(donor, plan))
+        after = explained.after
+        targets.append(
+            {
+                "num_key_value_heads": heads,
+                "kind": kind,
+                "cache_bytes_per_token": after["cache_bytes_per_token"],
+                "cache_bytes_per_token_beyond_window": after["cache_bytes_per_token_beyond_window"],
+                "cache_fraction": after["cache_bytes_per_token"] / before["cache_bytes_per_token"],
+                "parameters": after["parameters"],
+                "tensor_parallel_sizes": after["tensor_parallel_sizes"],
+                "export": explained.export,
+                "model_class": explained.model_class,
+                "reason": explained.reason,
+            }
+        )
+    model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
+    return {"donor": donor.name, "model_class": model_class, "position": position, **before, "targets": targets}

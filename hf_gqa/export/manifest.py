@@ -1,0 +1,99 @@
+"""The record of a conversion that travels with the student, and that `verify` reads."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..convert.donor import Donor
+from ..convert.plan import ConversionPlan
+from ..convert.target import Target
+from ..refusal import Refusal
+
+
+MANIFEST_FILE = "conversion_manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What was asked, of which donor, and what came out; exact round trip through JSON.
+
+    Args:
+        format: version of this record.
+        plan: the plan as JSON.
+        layer_plan: one row per layer.
+        export: "native" or "bundle".
+        reason: why.
+        model_class: the student's class.
+        donor: name, model_type, model_class, num_attention_heads, num_key_value_heads, and what identifies the weights:
+            `revision` (a commit on the Hub) or `weights_sha256` (file name -> hash), the other being None.
+        versions: of the libraries that wrote the student.
+    """
+
+    format: int
+    plan: dict
+    layer_plan: list[dict]
+    export: str
+    reason: str
+    model_class: str
+    donor: dict
+    versions: dict
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            raise Refusal(f"{path}: missing, so the folder does not say how it was made. Convert the donor again.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            manifest = cls(**values)
+        except (ValueError, TypeError) as error:
+            known = ", ".join(field.name for field in fields(cls))
+            raise Refusal(f"{path}: not a manifest ({error}). Expected the keys {known}.") from None
+        if manifest.format != FORMAT:
+            raise Refusal(
+                f"{path}: format = {manifest.format!r}, this hf_gqa reads {FORMAT}. Install the hf_gqa of its maker."
+            )
+        return manifest
+
+
+def make_manifest(
+    donor: Donor, plan: ConversionPlan, target: Target, weights_sha256: dict[str, str] | None
+) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        plan=plan.to_dict(),
+        layer_plan=[row.to_dict() for row in target.rows],
+        export=target.export,
+        reason=target.reason,
+        model_class=target.model_class.__name__,
+        donor={
+            "name": donor.name,
+            "model_type": donor.config.model_type,
+            "model_class": donor.model_class.__name__,
+            "num_attention_heads": donor.num_attention_heads,
+            "num_key_value_heads": donor.num_key_value_heads,
+            "revision": donor.revision,
+            "weights_sha256": weights_sha256,
+        },
+        versions={
+            "hf_gqa": version("hf_gqa"),
+            "safetensors": version("safetensors"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,125 @@
+"""Write a folder beside its final place and rename it when it is complete."""
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..refusal import Refusal
+
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: leftovers of killed runs are then left alone
+    fcntl = None
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+def check_output(output: Path, overwrite: bool, donor_folder: Path | None) -> None:
+    """Refuse an output that exists, that is not ours to replace, or that touches the donor."""
+    resolved = output.resolve()
+    if donor_folder is not None:
+        donor = donor_folder.resolve()
+        if resolved == donor or resolved in donor.parents or donor in resolved.parents:
+            raise Refusal(f"{output}: overlaps the donor's folder {donor_folder}. Write the student somewhere else.")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise Refusal(f"{output}: exists and is not a folder. Give another output.")
+    if not overwrite:
+        raise Refusal(f"{output}: exists. Give another output, or --overwrite to replace it.")
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        raise Refusal(
+            f"{output}: holds no config.json, so it is no model that --overwrite could replace. Remove it first."
+        )
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A fresh folder that becomes `output`, replacing it at one stroke, if the block ends without an exception.
+
+    Otherwise the folder is removed and `output` is as it was. What a killed run left behind is removed by the next one.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.name}.partial-"
+    _remove_leftovers(output.parent, prefix)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    lock = _lock(staging)
+    try:
+        yield staging
+        _flush(staging)
+        _publish(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Put `staging` in the place of `output`; what was there before is then in `staging`, or gone."""
+    if output.exists():
+        if not _exchange(staging, output):
+            retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+            os.rename(output, retired / "replaced")
+            os.rename(staging, output)
+            shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.rename(staging, output)
+    _flush_folder(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders atomically where the system can (Linux)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def _lock(folder: Path) -> int | None:
+    """An open, locked handle of the folder; None if another process holds it or locks are not to be had."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}*"):
+        handle = _lock(folder) if folder.is_dir() else None
+        if handle is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _flush(folder: Path) -> None:
+    """Everything to disk, with the permissions that the user's umask gives."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    folder.chmod(0o777 & ~mask)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,216 @@
+"""Check a student on disk against its own manifest, in a process without hf_gqa, and against its donor."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .. import runtime
+from ..convert.donor import Donor
+from ..convert.plan import ConversionPlan
+from ..convert.surgery import layer_heads
+from ..refusal import Refusal
+from ..weights.attention_weights import AttentionWeights
+from ..weights.head_tensors import write_heads
+from . import fresh_process
+from .manifest import Manifest, file_sha256
+
+
+RUNTIME_FOLDER = Path(runtime.__file__).parent
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at: passed, failed, or (None) not looked at and why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def verify(
+    output: str | Path, donor: Donor | None = None, *, dtype: str = "float32", trust_remote_code: bool = False
+) -> list[Check]:
+    """Load the student in a fresh process where hf_gqa cannot be imported, and compare it with what was asked for.
+
+    Args:
+        output: folder of a student.
+        donor: what it was converted from; then its logits are compared with those of the donor whose KV heads are
+            overwritten by what the method makes of each group (a student must compute the same).
+        dtype: to compute in; float32 compares most sharply.
+        trust_remote_code: run the bundle's code even if it is not byte for byte the code of this hf_gqa.
+
+    Raises:
+        Refusal: no folder, no manifest, or an unknown dtype.
+    """
+    folder = Path(output).expanduser()
+    if dtype not in TOLERANCE:
+        raise Refusal(f"dtype = {dtype!r} is unknown. Use one of {', '.join(TOLERANCE)}.")
+    if not folder.is_dir():
+        raise Refusal(f"{folder}: no such folder. Give a folder that hf-gqa convert wrote.")
+    manifest = Manifest.read(folder)
+    checks = []
+    if manifest.export == "bundle":
+        checks.append(_check_code(folder, trust_remote_code))
+        if not checks[0].passed:
+            return checks
+    with tempfile.TemporaryDirectory() as scratch:
+        logits_file = Path(scratch) / "logits.safetensors"
+        found, error = _load_in_fresh_process(folder, manifest, dtype, logits_file, Path(scratch))
+        if error:
+            return [*checks, Check(name="loads without hf_gqa", passed=False, detail=error)]
+        checks += _check_loaded(found, manifest)
+        if donor is None:
+            checks.append(Check(name="equals the donor's merged heads", passed=None, detail="no donor was given"))
+        else:
+            checks.append(_check_donor(donor, manifest))
+            checks.append(_check_oracle(donor, manifest, dtype, load_file(logits_file)["logits"]))
+    return checks
+
+
+def runtime_files(model_type: str) -> list[Path]:
+    """The files a bundle of this family holds: its own and what that imports."""
+    module = RUNTIME_FOLDER / f"modeling_{model_type}.py"
+    return [module, *sorted({Path(path) for path in get_relative_import_files(module)})]
+
+
+def _check_code(folder: Path, trust_remote_code: bool) -> Check:
+    name = "code is this hf_gqa's, byte for byte"
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    expected = {path.name: path for path in runtime_files(model_type)} if _is_ours(model_type) else {}
+    shipped = {path.name: path for path in folder.glob("*.py")}
+    different = sorted(
+        file
+        for file in expected.keys() | shipped.keys()
+        if file not in expected or file not in shipped or expected[file].read_bytes() != shipped[file].read_bytes()
+    )
+    if not different:
+        return Check(name=name, passed=True, detail=f"{len(expected)} files")
+    detail = f"differs: {', '.join(different)}"
+    if trust_remote_code:
+        return Check(name=name, passed=True, detail=f"{detail}; run all the same, as asked")
+    return Check(name=name, passed=False, detail=f"{detail}. Not run; read it, then use --trust-remote-code")
+
+
+def _is_ours(model_type: str | None) -> bool:
+    return isinstance(model_type, str) and (RUNTIME_FOLDER / f"modeling_{model_type}.py").is_file()
+
+
+def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_file: Path, scratch: Path):
+    """What the process found, or None and the last line of its complaint."""
+    arguments = {
+        "folder": str(folder.resolve()),
+        "trust_remote_code": manifest.export == "bundle",
+        "dtype": dtype,
+        "model_class": manifest.model_class,
+        "logits_file": str(logits_file),
+    }
+    run = subprocess.run(
+        [sys.executable, "-I", fresh_process.__file__, json.dumps(arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
+        cwd=scratch,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        lines = run.stderr.strip().splitlines()
+        return None, lines[-1] if lines else f"the process ended with {run.returncode}"
+    return json.loads(run.stdout.strip().splitlines()[-1]), None
+
+
+def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
+    wrong_keys = {kind: found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
+    planned = [row["num_key_value_heads"] for row in manifest.layer_plan]
+    checks = [
+        Check(
+            name="loads without hf_gqa",
+            passed=found["class"] == manifest.model_class,
+            detail=f"{found['class']}, expected {manifest.model_class}",
+        ),
+        Check(
+            name="no missing or unexpected tensors",
+            passed=not wrong_keys,
+            detail="; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong_keys.items())
+            or "every key matched",
+        ),
+        Check(
+            name="KV heads per layer, seen in the cache, equal the plan",
+            passed=found["num_key_value_heads"] == planned,
+            detail=f"{found['num_key_value_heads']}, planned {planned}",
+        ),
+        Check(name="output is finite", passed=found["finite"], detail="2 x 24 tokens, one row left-padded"),
+    ]
+    if found["generated_tokens"] is not None:
+        done = found["generated_tokens"]
+        checks.append(Check(name="generates", passed=done == 4, detail=f"{done} of 4 tokens"))
+    return checks
+
+
+def _check_donor(donor: Donor, manifest: Manifest) -> Check:
+    name, recorded = "donor is the one in the manifest", manifest.donor
+    if recorded["revision"] is not None or donor.revision is not None:
+        same = recorded["revision"] == donor.revision
+        return Check(name=name, passed=same, detail=f"revision {donor.revision}, manifest {recorded['revision']}")
+    hashes = {file: file_sha256(donor.folder / file) for file in donor.tensors.shards}
+    same = hashes == recorded["weights_sha256"]
+    return Check(
+        name=name, passed=same, detail="weights have the same SHA-256" if same else "weights have another SHA-256"
+    )
+
+
+def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: torch.Tensor) -> Check:
+    name = "equals the donor's merged heads"
+    plan = ConversionPlan.from_dict(manifest.plan)
+    rows = [row["num_key_value_heads"] for row in manifest.layer_plan]
+    if plan.method not in (("mean_pool",), ("first",), ("expand",)) and rows != [donor.num_key_value_heads] * len(rows):
+        return Check(name=name, passed=None, detail=f"no oracle for the method {','.join(plan.method)}")
+    oracle = _oracle_logits(donor, plan, rows, dtype)
+    mask = fresh_process.probe(donor.config.vocab_size)[1].bool()
+    difference = (oracle - student_logits)[mask].abs().max().item()
+    allowed = TOLERANCE[dtype] * max(1.0, oracle[mask].abs().max().item())
+    return Check(
+        name=name,
+        passed=difference <= allowed,
+        detail=f"largest difference {difference:.2g}, allowed {allowed:.2g} ({dtype})",
+    )
+
+
+@torch.no_grad()
+def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[int], dtype: str) -> torch.Tensor:
+    """Logits of the donor, in its own class, whose KV heads are overwritten by what each group becomes."""
+    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=getattr(torch, dtype)).eval()
+    base = getattr(model, donor.layout.base_model_prefix, model)
+    for layer_idx, heads in layer_heads(donor):
+        if rows[layer_idx] < heads.num_key_value_heads:
+            written = write_heads(donor.layout, _merged_in_place(heads, rows[layer_idx], plan.head_count_method))
+            attention = base.get_submodule(donor.layout.attention.format(layer_idx=layer_idx))
+            for name, tensor in written.items():
+                attention.get_parameter(name).copy_(tensor)
+    tokens, mask = fresh_process.probe(donor.config.vocab_size)
+    output = model(tokens, attention_mask=mask, use_cache=False)
+    return (output.logits if "logits" in output else output.last_hidden_state).float()
+
+
+def _merged_in_place(heads: AttentionWeights, groups: int, method: str) -> AttentionWeights:
+    """Each group's members all overwritten by what the group becomes; the number of KV heads stays. Deliberately slow."""
+    members = heads.num_key_value_heads // groups
+
+    def merge(tensor_K: torch.Tensor) -> torch.Tensor:
+        merged = tensor_K.clone()
+        for start in range(0, len(tensor_K), members):
+            group = tensor_K[start : start + members]
+            merged[start : start + members] = group.float().mean(0) if method == "mean_pool" else group[0]
+        return merged
+
+    return heads.map_key_value(merge)

@@ -1,0 +1,148 @@
+"""Convert a donor on disk into a student on disk, shard by shard."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..convert.donor import CARRIED_FILES, Donor, open_donor
+from ..convert.plan import ConversionPlan
+from ..convert.surgery import converted_shards
+from ..convert.target import Target, choose_target
+from ..weights.checkpoint import INDEX_FILE
+from .explanation import explain
+from .manifest import Manifest, file_sha256, make_manifest
+from .staging import check_output, staged_folder
+
+
+def convert_checkpoint(
+    donor: str | Path | Donor,
+    output: str | Path,
+    plan: ConversionPlan | None = None,
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    weights_only: bool = False,
+    trust_remote_code: bool = False,
+    **plan_fields,
+) -> Manifest:
+    """Convert a folder or a Hub repository into the folder `output`, holding about one shard of changed tensors.
+
+    The student has the tensors that `convert` gives in memory, bit for bit, in the donor's shards, with the donor's
+    tokenizer, generation configuration, chat template and licence files beside them.
+
+    Args:
+        donor: folder, repository, or a donor opened with `open_donor`.
+        output: folder to write; it appears complete or not at all.
+        plan: what the student shall be; or give its fields, as in `num_key_value_heads=2`.
+        overwrite: replace `output` if it holds a model.
+        revision, weights_only, trust_remote_code: as for `open_donor`.
+
+    Returns:
+        The manifest written into `output`.
+
+    Raises:
+        Refusal: bad input; nothing is written.
+        OSError: the disk failed or is full; nothing is left behind.
+    """
+    plan = plan or ConversionPlan(**plan_fields)
+    output = Path(output).expanduser()
+    if not isinstance(donor, Donor):
+        check_output(output, overwrite, None)
+        donor = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
+    check_output(output, overwrite, donor.folder)
+    target = choose_target(donor, plan)
+    _check_space(output, explain(donor, plan, target).after["weight_bytes"])
+    with staged_folder(output) as staging, ThreadPoolExecutor(1) as pool:
+        hashes = None
+        if donor.revision is None:
+            hashes = {file: pool.submit(file_sha256, donor.folder / file) for file in donor.tensors.shards}
+        try:
+            _write_weights(donor, plan, target, staging)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        _write_config(donor, target, staging)
+        _carry_files(donor.folder, staging)
+        found = hashes and {file: future.result() for file, future in hashes.items()}
+        manifest = make_manifest(donor, plan, target, found)
+        manifest.write(staging)
+    return manifest
+
+
+def save_student(student: PreTrainedModel, output: str | Path, *, overwrite: bool = False) -> None:
+    """`student.save_pretrained(output)`, but complete or not at all.
+
+    Raises:
+        Refusal: `output` exists.
+    """
+    output = Path(output).expanduser()
+    check_output(output, overwrite, None)
+    with staged_folder(output) as staging:
+        student.save_pretrained(staging)
+
+
+def _check_space(output: Path, needed_bytes: int) -> None:
+    existing = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"needs {needed_bytes:,} bytes, {free_bytes:,} are free. Nothing was written: make room, or write elsewhere",
+            str(output),
+        )
+
+
+def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: Path) -> None:
+    total_bytes = total_parameters = 0
+    weight_map = {}
+    for file, tensors in _with_progress(donor, converted_shards(donor, plan, target)):
+        try:
+            save_file(tensors, staging / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                errno.EIO, f"writing failed ({error}). Nothing was left behind", str(staging / file)
+            ) from None
+        total_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        total_parameters += sum(tensor.numel() for tensor in tensors.values())
+        weight_map.update(dict.fromkeys(tensors, file))
+    if len(donor.tensors.shards) > 1:
+        metadata = {"total_parameters": total_parameters, "total_size": total_bytes}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_progress(donor: Donor, shards: Iterator) -> Iterator:
+    """A bar on terminals only, and not where Hugging Face's own bars are switched off."""
+    hidden = True if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").upper() in ("1", "TRUE", "YES", "ON") else None
+    return tqdm(shards, desc="Converting", total=len(donor.tensors.shards), unit="shard", disable=hidden)
+
+
+def _write_config(donor: Donor, target: Target, staging: Path) -> None:
+    """A native student of the donor's class keeps the donor's `config.json` but for what the plan changes."""
+    if target.same_class and target.export == "native":
+        raw = {key: value for key, value in donor.raw_config.items() if key not in ("auto_map", "_name_or_path")}
+        if target.layout.key_value_heads_field is not None:
+            raw[target.layout.key_value_heads_field] = target.rows[0].num_key_value_heads
+        raw["architectures"] = [target.model_class.__name__]
+        (staging / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        target.config.architectures = [target.model_class.__name__]
+        target.config.save_pretrained(staging)
+
+
+def _carry_files(folder: Path, staging: Path) -> None:
+    for pattern in CARRIED_FILES:
+        for source in sorted(folder.glob(pattern)):
+            if source.is_file():
+                destination = staging / source.relative_to(folder)
+                destination.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, destination)

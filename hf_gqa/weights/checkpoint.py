@@ -1,0 +1,118 @@
+"""Where a donor's tensors come from: a folder of safetensors, read lazily, or a model in memory."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..refusal import Refusal
+
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class StateDict:
+    """Tensors of a model in memory, as one shard."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self.tensors = tensors
+        self.shards = {SINGLE_FILE: tuple(tensors)}
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.tensors[name].detach()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+
+class Checkpoint:
+    """A folder of safetensors files; tensors are mapped, not read, until they are used.
+
+    Attributes:
+        shards: file name -> names of the tensors in it, in the order of the donor.
+
+    Raises:
+        Refusal: no safetensors, an unusable index, a file that is missing, outside the folder, or not readable.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open = {}
+        listed = self._listed_shards()
+        self.shards = {file: tuple(self._file(file).keys()) for file in listed}
+        self._file_of = {name: file for file, names in self.shards.items() for name in names}
+        for file, names in listed.items():
+            absent = sorted(set(names) - set(self.shards[file]))
+            if absent:
+                raise Refusal(
+                    f"{folder / INDEX_FILE}: says that '{absent[0]}' is in {file}, which does not hold it "
+                    f"({len(absent)} such tensors). Download the donor again."
+                )
+        if listed and any(listed.values()):
+            unlisted = sorted(set(self._file_of) - {name for names in listed.values() for name in names})
+            if unlisted:
+                raise Refusal(
+                    f"{folder / INDEX_FILE}: does not list '{unlisted[0]}', which {self._file_of[unlisted[0]]} holds "
+                    f"({len(unlisted)} such tensors). Index and files are of different checkpoints: download both again."
+                )
+
+    def _listed_shards(self) -> dict[str, list[str]]:
+        """File name -> tensors that the index places in it; no tensors listed for a checkpoint without an index."""
+        if (self.folder / SINGLE_FILE).is_file():
+            return {SINGLE_FILE: []}
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            pickled = sorted(path.name for pattern in PICKLED for path in self.folder.glob(pattern))
+            if pickled:
+                raise Refusal(
+                    f"{self.folder}: the weights are pickled ({', '.join(pickled[:3])}), and unpickling runs whatever code "
+                    f"they carry. If you trust their author, rewrite them once: "
+                    f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
+                )
+            raise Refusal(f"{self.folder}: no weights. Expected {SINGLE_FILE} or {INDEX_FILE} with its shards.")
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refusal(f"{index}: not an index ({error!r}). Expected an object with 'weight_map'.") from None
+        if not files:
+            raise Refusal(f"{index}: 'weight_map' is empty. Download the donor again.")
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                raise Refusal(f"{index}: shard {file!r} is not a file name inside the folder. Refusing to follow it.")
+            if not (self.folder / file).is_file():
+                raise Refusal(f"{index}: shard '{file}' is missing. Download the donor again.")
+        return {file: [name for name, where in weight_map.items() if where == file] for file in files}
+
+    def _file(self, file: str):
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise Refusal(
+                    f"{self.folder / file}: not a readable safetensors file ({error}). It may be truncated or corrupt: "
+                    f"download it again."
+                ) from None
+        return self._open[file]
+
+    def _slice(self, name: str):
+        return self._file(self._file_of[name]).get_slice(name)
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._file(self._file_of[name]).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """A torch dtype for the floating types we convert, else the name that safetensors gives."""
+        stored = self._slice(name).get_dtype()
+        return FLOAT_DTYPES.get(stored, stored)
