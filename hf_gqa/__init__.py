@@ -3,14 +3,16 @@
 Importing this package registers its own model types with `AutoConfig` and `AutoModel*`; it replaces nothing.
 """
 
+from .convert.donor import open_donor
 from .convert.families import register_families
 from .convert.in_memory import convert
 from .convert.plan import ConversionPlan
-from .export.write_student import convert_checkpoint, save_student
+from .export.verify import verify
+from .export.write_student import convert_checkpoint
 from .refusal import Refusal
 
 
 __version__ = "0.1.0"
-__all__ = ["ConversionPlan", "Refusal", "convert", "convert_checkpoint", "save_student"]
+__all__ = ["ConversionPlan", "Refusal", "convert", "convert_checkpoint", "open_donor", "verify"]
 
 register_families()

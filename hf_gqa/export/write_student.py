@@ -11,7 +11,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ..convert.donor import CARRIED_FILES, Donor, open_donor
 from ..convert.plan import ConversionPlan
@@ -76,18 +75,6 @@ def convert_checkpoint(
         manifest = make_manifest(donor, plan, target, found)
         manifest.write(staging)
     return manifest
-
-
-def save_student(student: PreTrainedModel, output: str | Path, *, overwrite: bool = False) -> None:
-    """`student.save_pretrained(output)`, but complete or not at all.
-
-    Raises:
-        Refusal: `output` exists.
-    """
-    output = Path(output).expanduser()
-    check_output(output, overwrite, None)
-    with staged_folder(output) as staging:
-        student.save_pretrained(staging)
 
 
 def _check_space(output: Path, needed_bytes: int) -> None:

@@ -1,0 +1,48 @@
+# The two commands a newcomer needs: `make demo` and `make test`. Both make the environment they need.
+PYTHON ?= python3.11
+VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+# The oldest release that pyproject.toml claims.
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-fast test-slow test-oldest quality wheel clean
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/demo.py
+
+test: quality test-fast test-slow test-oldest
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quality: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -n 2 -m slow
+
+wheel: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	ls dist
+
+# The wheel, installed as a user would, beside the oldest transformers we claim.
+test-oldest: wheel
+	$(PYTHON) -m venv --clear $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+		"transformers==$(OLDEST_TRANSFORMERS)" pytest pytest-xdist hypothesis dist/*.whl
+	mkdir -p $(OLDEST_VENV)/run && rm -rf $(OLDEST_VENV)/run/tests && cp -r tests $(OLDEST_VENV)/run/
+	cd $(OLDEST_VENV)/run && ../bin/python -m pytest -q -n 2 -p no:cacheprovider -m "not slow" \
+		tests/test_conformance.py tests/test_bundle.py
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info students
