@@ -64,7 +64,7 @@ def _read_layer(donor: Donor, attention: str, names: set[str]) -> AttentionWeigh
 def _finite(donor: Donor, name: str) -> torch.Tensor:
     """The donor's tensor; NaN and Inf survive summation, so one cheap pass clears all but sums that overflow."""
     tensor = donor.tensors.get(name)
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         bad = (~torch.isfinite(tensor)).sum().item()
         raise Refusal(
             f"{donor.folder or donor.name}: '{name}' holds {bad} NaN or Inf of {tensor.numel()} values. "

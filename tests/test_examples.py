@@ -1,0 +1,70 @@
+"""The examples and the README's code blocks run, offline, as a newcomer would run them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXAMPLES = REPOSITORY / "examples"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the tests run without the checkout's examples"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """An empty folder that sees the examples as the checkout does."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "examples").symlink_to(EXAMPLES)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_demo(workplace):
+    printed = run([sys.executable, "examples/demo.py"], workplace)
+    assert "12,288 B" in printed and "1,536 B" in printed
+    assert "nearly destroys" in printed
+
+
+def test_convert_in_memory(workplace):
+    assert "the same logits: True" in run([sys.executable, "examples/convert_in_memory.py"], workplace)
+
+
+def test_convert_on_disk_then_push(workplace):
+    printed = run([sys.executable, "examples/convert_on_disk.py"], workplace)
+    assert "equals the donor's merged heads" in printed and "FAILED" not in printed
+    printed = run([sys.executable, "examples/push.py"], workplace)
+    assert "conversion_manifest.json" in printed and (workplace / "pushed/prose-gqa-2/model.safetensors").is_file()
+
+
+def test_examples_are_short():
+    for example in EXAMPLES.glob("*.py"):
+        assert len(example.read_text().splitlines()) < 80, example
+
+
+def blocks(language: str) -> list[str]:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_blocks(tmp_path):
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-gqa ")]
+    assert len(commands) >= 3 and len(blocks("python")) >= 2
+    for command in commands:
+        run(shlex.split(command, comments=True), tmp_path)
+    for block in blocks("python"):
+        run([sys.executable, "-c", block], tmp_path)
