@@ -9,7 +9,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -58,10 +58,9 @@ class Donor:
         return self.config.num_attention_heads
 
     @property
-    def num_key_value_heads(self) -> int:
-        if self.layout.key_value_heads_field is None:
-            return self.num_attention_heads
-        return getattr(self.config, self.layout.key_value_heads_field)
+    def num_key_value_heads(self) -> list[int]:
+        """Of each layer."""
+        return _key_value_heads(self.config, self.layout)
 
     @property
     def head_dim(self) -> int:
@@ -85,22 +84,26 @@ def open_donor(
         Refusal: anything missing, unreadable, contradictory, quantized, pickled, or of an unknown family.
     """
     folder, commit = _locate(str(name_or_path), revision)
-    name = folder.name if commit is None else str(name_or_path)
+    name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
-    ships_code = "auto_map" in raw and raw["model_type"] == family.model_type
-    if ships_code and not (weights_only or trust_remote_code):
+    if ships_code(raw, family) and not (weights_only or trust_remote_code):
         raise Refusal(
             f"{folder / 'config.json'}: 'auto_map' names code of the donor's own ({_first_value(raw['auto_map'])}), which "
-            f"may compute something else than the native '{family.model_type}'. Use --weights-only to convert its tensors "
-            f"as native without running that code, or --trust-remote-code to run it once and compare first."
+            f"may compute something else than the native '{family.model_type}'. Use --weights-only to convert its "
+            f"tensors as native without running that code, or --trust-remote-code to run it once and compare first."
         )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
-    model_class = _model_class(raw.get("architectures"), config, family, folder, lenient=ships_code)
+    model_class = _model_class(raw, config, family, folder / "config.json")
     donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder))
-    if ships_code and trust_remote_code:
+    if ships_code(raw, family) and trust_remote_code:
         _compare_with_own_code(donor)
     return donor
+
+
+def ships_code(raw_config: dict, family: Family) -> bool:
+    """Whether a donor brings code of its own; our bundles bring ours, which is installed."""
+    return "auto_map" in raw_config and raw_config["model_type"] == family.model_type
 
 
 def donor_from_model(model: PreTrainedModel) -> Donor:
@@ -184,67 +187,40 @@ def _parse_config(raw: dict, path: Path) -> PretrainedConfig:
         raise Refusal(f"{path}: transformers does not accept it ({reason}). Correct the configuration.") from None
 
 
-def _model_class(architectures, config, family: Family, folder: Path, lenient: bool) -> type[PreTrainedModel]:
-    if config.model_type != family.model_type:
-        native = {c.__name__: c for c in (family.base_class, family.causal_lm_class)}
-        default = family.causal_lm_class
+def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path) -> type[PreTrainedModel]:
+    """The class that `architectures` names, native or ours; a donor that ships code may name what it likes."""
+    if config.model_type == family.model_type:
+        default, known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], vars(transformers)
     else:
-        native = vars(transformers) if not architectures else {a: getattr(transformers, a, None) for a in architectures}
-        default = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    name = (architectures or [default.__name__])[0]
-    found = native.get(name)
+        default, own = family.causal_lm_class, (family.base_class, family.causal_lm_class)
+        known = {model_class.__name__: model_class for model_class in own}
+    name = (raw.get("architectures") or [default.__name__])[0]
+    found = known.get(name) or getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
         return found
-    if lenient:
+    if ships_code(raw, family):
         return default
     raise Refusal(
-        f"{folder / 'config.json'}: architectures = {architectures} is not a class of transformers for "
-        f"'{config.model_type}'. Expected one like {default.__name__}."
+        f"{path}: architectures = {raw.get('architectures')} is not a class of transformers for '{config.model_type}'. "
+        f"Expected one like {default.__name__}."
     )
 
 
 def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
     where = str(folder or name)
-    stored = {tensor for names in tensors.shards.values() for tensor in names}
-    with torch.device("meta"):
-        model = model_class(config)
-    prefix = f"{family.donor_layout.base_model_prefix}."
-
-    def bare(tensor: str) -> str:
-        return tensor.removeprefix(prefix)
-
-    expected = {bare(tensor): tuple(value.shape) for tensor, value in model.state_dict().items()}
-    by_bare_name = {bare(tensor): tensor for tensor in stored}
-    rebuilt = [REBUILT_BUFFERS, *(model_class._keys_to_ignore_on_load_unexpected or ())]
-    extra = sorted(set(by_bare_name) - set(expected))
-    dropped = frozenset(by_bare_name[t] for t in extra if any(re.search(pattern, t) for pattern in rebuilt))
-    unknown = [tensor for tensor in extra if by_bare_name[tensor] not in dropped]
-    if unknown:
-        raise Refusal(
-            f"{where}: '{by_bare_name[unknown[0]]}' is no tensor of {model_class.__name__} ({len(unknown)} such tensors). "
-            f"Load the donor with its own class and save it again, so that only its tensors remain."
-        )
-    tied = {bare(target) for target in (getattr(model, "all_tied_weights_keys", None) or {})}
-    missing = sorted(set(expected) - set(by_bare_name) - tied)
-    if missing:
-        raise Refusal(
-            f"{where}: '{missing[0]}' of {model_class.__name__} is missing ({len(missing)} such tensors). "
-            f"Download the donor again."
-        )
-    for tensor, shape in expected.items():
-        stored_name = by_bare_name.get(tensor)
-        if stored_name is None:
-            continue
-        if tensors.shape(stored_name) != shape:
+    layout = family.layout_of(config.model_type)
+    for heads in set(_key_value_heads(config, layout)):
+        if heads < 1 or config.num_attention_heads % heads:
             raise Refusal(
-                f"{where}: '{stored_name}' has shape {list(tensors.shape(stored_name))}, but its configuration says "
-                f"{list(shape)}. Weights and config.json are not of the same model: download both again."
+                f"{where}: {heads} KV heads do not divide num_attention_heads = {config.num_attention_heads}, so no model "
+                f"of this configuration can run. Correct config.json."
             )
-        if tensors.dtype(stored_name) not in FLOAT_DTYPES.values():
-            raise Refusal(
-                f"{where}: '{stored_name}' is stored as {tensors.dtype(stored_name)}, which looks quantized. "
-                f"Convert the original weights (F64, F32, F16 or BF16)."
-            )
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # whatever the native class raises on values it cannot take
+        raise Refusal(f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}).") from None
+    dropped = _check_tensors(where, model, f"{layout.base_model_prefix}.", tensors)
     return Donor(
         name=name,
         folder=folder,
@@ -252,11 +228,59 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         config=config,
         raw_config=raw,
         family=family,
-        layout=family.layout_of(config.model_type),
+        layout=layout,
         model_class=model_class,
         tensors=tensors,
         dropped=dropped,
     )
+
+
+def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
+    """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
+
+    A checkpoint may be of the base model or of a head class, with or without `prefix`.
+    """
+    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name.removeprefix(prefix): name for names in tensors.shards.values() for name in names}
+    rebuilt = re.compile("|".join([REBUILT_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    extra = sorted(stored.keys() - expected.keys())
+    unknown = [stored[name] for name in extra if not rebuilt.search(name)]
+    if unknown:
+        raise Refusal(
+            f"{where}: '{unknown[0]}' is no tensor of {type(model).__name__} ({len(unknown)} such tensors). "
+            f"Load the donor with its own class and save it again, so that only its tensors remain."
+        )
+    tied = {name.removeprefix(prefix) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    missing = sorted(expected.keys() - stored.keys() - tied)
+    if missing:
+        raise Refusal(
+            f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "
+            f"Download the donor again."
+        )
+    for name in expected.keys() & stored.keys():
+        _check_tensor(where, stored[name], expected[name], tensors)
+    return frozenset(stored[name] for name in extra)
+
+
+def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkpoint | StateDict) -> None:
+    if tensors.shape(name) != shape:
+        raise Refusal(
+            f"{where}: '{name}' has shape {list(tensors.shape(name))}, but its configuration says {list(shape)}. "
+            f"Weights and config.json are not of the same model: download both again."
+        )
+    if tensors.dtype(name) not in FLOAT_DTYPES.values():
+        raise Refusal(
+            f"{where}: '{name}' is stored as {tensors.dtype(name)}, which looks quantized. "
+            f"Convert the original weights (F64, F32, F16 or BF16)."
+        )
+
+
+def _key_value_heads(config: PretrainedConfig, layout: AttentionLayout) -> list[int]:
+    plan = getattr(config, "layer_plan", None)
+    if plan is not None:
+        return [row["num_key_value_heads"] for row in plan]
+    field = layout.key_value_heads_field or "num_attention_heads"
+    return [getattr(config, field)] * config.num_hidden_layers
 
 
 def _first_value(mapping) -> str:
@@ -266,18 +290,21 @@ def _first_value(mapping) -> str:
 @torch.no_grad()
 def _compare_with_own_code(donor: Donor) -> None:
     """Run the donor's own code on a few tokens; refuse unless it computes what the native class computes."""
-    auto_class = transformers.AutoModelForCausalLM
     tokens = torch.arange(16).remainder(donor.config.vocab_size).unsqueeze(0)
-    logits = []
-    for load in (
-        lambda: auto_class.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32),
-        lambda: donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32),
-    ):
-        logits.append(load().eval()(tokens).logits)
-    difference = (logits[0] - logits[1]).abs().max().item()
-    scale = logits[1].abs().max().item()
+    try:
+        own = AutoModelForCausalLM.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32).eval()
+        own_logits = own(tokens).logits
+    except Exception as error:  # it is anybody's code
+        raise Refusal(
+            f"{donor.folder}: its own code could not be run ({error!r}). Repair it, or use --weights-only."
+        ) from None
+    native = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32).eval()
+    native_logits = native(tokens).logits
+    difference = (own_logits - native_logits).abs().max().item()
+    scale = native_logits.abs().max().item()
     if not difference <= 1e-4 * scale:
         raise Refusal(
             f"{donor.folder}: its own code computes other logits than the native {donor.model_class.__name__} (largest "
-            f"difference {difference:.3g}, logits up to {scale:.3g}). It cannot be converted as '{donor.family.model_type}'."
+            f"difference {difference:.3g}, logits up to {scale:.3g}). It cannot be converted as "
+            f"'{donor.family.model_type}'."
         )

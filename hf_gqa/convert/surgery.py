@@ -1,7 +1,7 @@
 """Donor tensors in, student tensors out, one donor shard at a time."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,12 +16,15 @@ from .target import Target
 
 
 def converted_shards(
-    donor: Donor, plan: ConversionPlan, target: Target
+    donor: Donor, plan: ConversionPlan, target: Target, progress: Callable[[int], object] = lambda read_bytes: None
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield, for each shard of the donor, its file name and the student's tensors that belong into it.
 
     Tensors that a method leaves alone, and those outside attention, are the donor's own memory. A layer spread over
     shards is converted once, at the first of them, and kept until the last has been written.
+
+    Args:
+        progress: called with the bytes of each donor tensor that has been dealt with.
 
     Raises:
         Refusal: a tensor holds NaN or Inf.
@@ -32,6 +35,7 @@ def converted_shards(
         for name in names:
             if name not in donor.dropped:
                 tensors.update(surgery.student_tensors(name))
+                progress(donor.tensors.size_bytes(name))
         yield file, tensors
 
 

@@ -45,7 +45,8 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     Raises:
         Refusal: the plan does not fit the donor's heads, or its `export` cannot be had.
     """
-    check_plan(plan, donor.num_attention_heads, donor.num_key_value_heads, donor.name)
+    for heads in sorted(set(donor.num_key_value_heads)):
+        check_plan(plan, donor.num_attention_heads, heads, donor.name)
     rows = plan.rows(donor.config.num_hidden_layers)
     native, obstacle = _native(donor, rows)
     if plan.export == "native" and native is None:

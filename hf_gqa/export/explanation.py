@@ -1,5 +1,6 @@
 """Before and after, in numbers, without reading a single weight."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from ..convert.donor import Donor
@@ -44,14 +45,14 @@ def tensor_parallel_sizes(num_attention_heads: int, num_key_value_heads: int) ->
 
 def facts(donor: Donor) -> dict:
     """The donor's numbers, as `Explanation.before` holds them."""
-    kept = [name for names in donor.tensors.shards.values() for name in names if name not in donor.dropped]
-    sizes = {name: _elements(donor.tensors.shape(name)) for name in kept}
+    tensors = donor.tensors
+    kept = [name for names in tensors.shards.values() for name in names if name not in donor.dropped]
     return _side(
         donor,
         donor.config.model_type,
-        [donor.num_key_value_heads] * donor.config.num_hidden_layers,
-        parameters=sum(sizes.values()),
-        weight_bytes=sum(size * donor.tensors.dtype(name).itemsize for name, size in sizes.items()),
+        donor.num_key_value_heads,
+        parameters=sum(math.prod(tensors.shape(name)) for name in kept),
+        weight_bytes=sum(tensors.size_bytes(name) for name in kept),
     )
 
 
@@ -59,7 +60,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     """Compute before and after from shapes alone."""
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
-    changed = sum(heads) - donor.num_key_value_heads * len(heads)
+    changed = sum(heads) - sum(donor.num_key_value_heads)
     per_head = 2 * donor.head_dim * (donor.config.hidden_size + _has_key_bias(donor))
     after = _side(
         donor,
@@ -100,7 +101,7 @@ def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weig
 
 def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) -> list[str]:
     notes = []
-    if any(n != donor.num_key_value_heads for n in heads) and method_kind(plan.head_count_method) == "reduce":
+    if heads != donor.num_key_value_heads and method_kind(plan.head_count_method) == "reduce":
         notes.append(
             "The student will be far worse than its donor until it is uptrained: merged heads were never trained to agree."
         )
@@ -111,13 +112,6 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) ->
             f"so that the cache per GPU shrinks no further, or refuse."
         )
     return notes
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    elements = 1
-    for size in shape:
-        elements *= size
-    return elements
 
 
 def _key_tensor(donor: Donor, kind: str) -> str:

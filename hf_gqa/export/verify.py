@@ -87,7 +87,8 @@ def runtime_files(model_type: str) -> list[Path]:
 
 def _check_code(folder: Path, trust_remote_code: bool) -> Check:
     name = "code is this hf_gqa's, byte for byte"
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
     expected = {path.name: path for path in runtime_files(model_type)} if _is_ours(model_type) else {}
     shipped = {path.name: path for path in folder.glob("*.py")}
     different = sorted(
@@ -95,6 +96,10 @@ def _check_code(folder: Path, trust_remote_code: bool) -> Check:
         for file in expected.keys() | shipped.keys()
         if file not in expected or file not in shipped or expected[file].read_bytes() != shipped[file].read_bytes()
     )
+    foreign = [
+        where for where in config.get("auto_map", {}).values() if f"{where.partition('.')[0]}.py" not in expected
+    ]
+    different += [f"auto_map names {where}" for where in foreign]
     if not different:
         return Check(name=name, passed=True, detail=f"{len(expected)} files")
     detail = f"differs: {', '.join(different)}"
@@ -173,7 +178,7 @@ def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: 
     name = "equals the donor's merged heads"
     plan = ConversionPlan.from_dict(manifest.plan)
     rows = [row["num_key_value_heads"] for row in manifest.layer_plan]
-    if plan.method not in (("mean_pool",), ("first",), ("expand",)) and rows != [donor.num_key_value_heads] * len(rows):
+    if plan.method not in (("mean_pool",), ("first",), ("expand",)) and rows != donor.num_key_value_heads:
         return Check(name=name, passed=None, detail=f"no oracle for the method {','.join(plan.method)}")
     oracle = _oracle_logits(donor, plan, rows, dtype)
     mask = fresh_process.probe(donor.config.vocab_size)[1].bool()

@@ -2,12 +2,12 @@
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from ..convert.plan import ConversionPlan
 from ..convert.surgery import converted_shards
 from ..convert.target import Target, choose_target
 from ..weights.checkpoint import INDEX_FILE
-from .explanation import explain
+from .explanation import explain, facts
 from .manifest import Manifest, file_sha256, make_manifest
 from .staging import check_output, staged_folder
 
@@ -91,7 +91,7 @@ def _check_space(output: Path, needed_bytes: int) -> None:
 def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: Path) -> None:
     total_bytes = total_parameters = 0
     weight_map = {}
-    for file, tensors in _with_progress(donor, converted_shards(donor, plan, target)):
+    for file, tensors in _converted_shards_with_bar(donor, plan, target):
         try:
             save_file(tensors, staging / file, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -107,10 +107,12 @@ def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: 
         (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _with_progress(donor: Donor, shards: Iterator) -> Iterator:
-    """A bar on terminals only, and not where Hugging Face's own bars are switched off."""
-    hidden = True if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").upper() in ("1", "TRUE", "YES", "ON") else None
-    return tqdm(shards, desc="Converting", total=len(donor.tensors.shards), unit="shard", disable=hidden)
+def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Target) -> Iterator:
+    """With a bar on terminals, unless Hugging Face's own bars are switched off."""
+    total_bytes = facts(donor)["weight_bytes"]
+    hidden = True if are_progress_bars_disabled() else None  # None: hidden where the output is no terminal
+    with tqdm(desc="Converting", total=total_bytes, unit="B", unit_scale=True, disable=hidden) as bar:
+        yield from converted_shards(donor, plan, target, bar.update)
 
 
 def _write_config(donor: Donor, target: Target, staging: Path) -> None:

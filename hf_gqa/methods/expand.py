@@ -13,7 +13,8 @@ class Expand:
     kind: str = "expand"
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
-        return heads.repeat_key_value(layer.num_key_value_heads)
+        copies = layer.num_key_value_heads // heads.num_key_value_heads
+        return heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
 
 
 METHOD = Expand()

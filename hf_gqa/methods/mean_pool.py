@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ..weights.attention_weights import AttentionWeights
 from . import MethodContext
 
@@ -10,13 +12,17 @@ from . import MethodContext
 class MeanPool:
     """Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), section 2.1.
 
-    Keys, values and their biases alike, in fp32. Norms over head_dim are shared by all heads and stay.
+    Keys, values and their biases alike, in at least fp32. Norms over head_dim are shared by all heads and stay.
     """
 
     kind: str = "reduce"
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
-        return heads.mean_per_group(layer.num_key_value_heads)
+        def mean(tensor_K: torch.Tensor) -> torch.Tensor:
+            wide = tensor_K.to(torch.promote_types(tensor_K.dtype, torch.float32))
+            return wide.unflatten(0, (layer.num_key_value_heads, -1)).mean(1).to(tensor_K.dtype)
+
+        return heads.map_key_value(mean)
 
 
 METHOD = MeanPool()

@@ -40,20 +40,3 @@ class AttentionWeights:
         names = ("key_KDE", "value_KDE", "key_bias_KD", "value_bias_KD")
         present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: change(tensor) for name, tensor in present.items()})
-
-    def mean_per_group(self, num_key_value_heads: int) -> "AttentionWeights":
-        """Replace each group of neighbouring KV heads by its mean, taken in at least fp32.
-
-        Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), section 2.1.
-        """
-
-        def mean(tensor_K: torch.Tensor) -> torch.Tensor:
-            wide = tensor_K.to(torch.promote_types(tensor_K.dtype, torch.float32))
-            return wide.unflatten(0, (num_key_value_heads, -1)).mean(1).to(tensor_K.dtype)
-
-        return self.map_key_value(mean)
-
-    def repeat_key_value(self, num_key_value_heads: int) -> "AttentionWeights":
-        """Repeat each KV head until there are `num_key_value_heads`; the layer computes what it did."""
-        times = num_key_value_heads // self.num_key_value_heads
-        return self.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(times, dim=0))

@@ -1,6 +1,7 @@
 """Where a donor's tensors come from: a folder of safetensors, read lazily, or a model in memory."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class StateDict:
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
+
+    def size_bytes(self, name: str) -> int:
+        return self.tensors[name].nbytes
 
 
 class Checkpoint:
@@ -116,3 +120,7 @@ class Checkpoint:
         """A torch dtype for the floating types we convert, else the name that safetensors gives."""
         stored = self._slice(name).get_dtype()
         return FLOAT_DTYPES.get(stored, stored)
+
+    def size_bytes(self, name: str) -> int:
+        """Of a tensor of a floating type we convert."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
