@@ -3,6 +3,8 @@
 Run: `make demo`, or `python examples/demo.py`. Offline, on a CPU, in about a minute. Writes ./students.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from hf_gqa.evaluate.cache_bytes import cache_bytes_per_token_computed, cache_by
 
 DONOR = Path(__file__).parent / "donor"
 STUDENTS = Path("students")
+COMMAND = os.path.relpath(Path(sys.executable).parent / "hf-gqa")
 PROMPT = "The old man looked at the sea and"
 
 
@@ -62,9 +65,9 @@ def main() -> None:
     for heads, sample in samples:
         console.print(f"[bold]{heads} KV heads:[/bold] {sample}", soft_wrap=True)
     console.print(
-        "\nThe cache shrinks as computed, and mean pooling nearly destroys the untrained student: heads that were trained "
+        "\nThe cache shrinks as computed, and mean pooling wrecks the untrained student: heads that were trained "
         "apart do not average.\nThat is what uptraining is for. The students are ordinary Llama checkpoints in "
-        f"./{STUDENTS}; check one with\n  hf-gqa verify {STUDENTS}/prose-gqa-2 --donor {DONOR}",
+        f"./{STUDENTS}; check one with\n  {COMMAND} verify {STUDENTS}/prose-gqa-2 --donor {os.path.relpath(DONOR)}",
         soft_wrap=True,
     )
 

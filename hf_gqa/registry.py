@@ -29,7 +29,7 @@ class Registry:
         """Raises Refusal if there is no such plug-in, TypeError if its file lacks the object."""
         known = self.names()
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(str(name), known, n=1)
             guess = f" Did you mean '{close[0]}'?" if close else ""
             raise Refusal(f"{self.kind} '{name}' is unknown.{guess} Known: {', '.join(known)}.")
         module = importlib.import_module(f"{self.package}.{self.prefix}{name}")

@@ -38,6 +38,7 @@ def convert(
         plan = ConversionPlan(num_key_value_heads=num_key_value_heads, method=method, export=export, seed=seed)
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
+        check_output(output, overwrite, opened.folder)
         explanation = explain(opened, plan, choose_target(opened, plan))
         if not json:
             print_explanation(explanation, output)

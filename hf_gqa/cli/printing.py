@@ -51,7 +51,7 @@ def human_bytes(size: float) -> str:
 def human_count(number: int) -> str:
     """5049600 -> '5.05M'."""
     for unit in ("", "K", "M", "B"):
-        if number < 1000:
+        if number < 999.5:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g}T"

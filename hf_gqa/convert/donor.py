@@ -1,6 +1,7 @@
 """Open a donor: a folder, a repository on the Hub, or a model in memory; refuse what we would have to guess about."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -25,7 +26,7 @@ CARRIED_FILES = (
     "processor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 WEIGHT_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-REBUILT_BUFFERS = r"rotary_emb\.inv_freq$"
+REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.masked_bias$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +137,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder of a donor, and the commit if it came from the Hub."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.is_dir():
         if not any(path.iterdir()):
             raise Refusal(f"{path}: the folder is empty. Give a folder with config.json and safetensors weights.")
@@ -194,7 +195,8 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
     else:
         default, own = family.causal_lm_class, (family.base_class, family.causal_lm_class)
         known = {model_class.__name__: model_class for model_class in own}
-    name = (raw.get("architectures") or [default.__name__])[0]
+    named = raw.get("architectures") or [default.__name__]
+    name = named[0] if isinstance(named, list) and isinstance(named[0], str) else ""
     found = known.get(name) or getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
         return found
@@ -219,7 +221,9 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # whatever the native class raises on values it cannot take
-        raise Refusal(f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}).") from None
+        raise Refusal(
+            f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
+        ) from None
     dropped = _check_tensors(where, model, f"{layout.base_model_prefix}.", tensors)
     return Donor(
         name=name,
@@ -241,7 +245,13 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
     A checkpoint may be of the base model or of a head class, with or without `prefix`.
     """
     expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = {name.removeprefix(prefix): name for names in tensors.shards.values() for name in names}
+    stored = {}
+    for name in (name for names in tensors.shards.values() for name in names):
+        twin = stored.setdefault(name.removeprefix(prefix), name)
+        if twin != name:
+            raise Refusal(
+                f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
+            )
     rebuilt = re.compile("|".join([REBUILT_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
     extra = sorted(stored.keys() - expected.keys())
     unknown = [stored[name] for name in extra if not rebuilt.search(name)]
@@ -257,8 +267,9 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
             f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "
             f"Download the donor again."
         )
-    for name in expected.keys() & stored.keys():
-        _check_tensor(where, stored[name], expected[name], tensors)
+    for name, shape in expected.items():
+        if name in stored:
+            _check_tensor(where, stored[name], shape, tensors)
     return frozenset(stored[name] for name in extra)
 
 
@@ -289,22 +300,26 @@ def _first_value(mapping) -> str:
 
 @torch.no_grad()
 def _compare_with_own_code(donor: Donor) -> None:
-    """Run the donor's own code on a few tokens; refuse unless it computes what the native class computes."""
+    """Run each model class that the donor ships on a few tokens; refuse unless it computes what the native one does."""
     tokens = torch.arange(16).remainder(donor.config.vocab_size).unsqueeze(0)
-    try:
-        own = AutoModelForCausalLM.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32).eval()
-        own_logits = own(tokens).logits
-    except Exception as error:  # it is anybody's code
-        raise Refusal(
-            f"{donor.folder}: its own code could not be run ({error!r}). Repair it, or use --weights-only."
-        ) from None
-    native = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32).eval()
-    native_logits = native(tokens).logits
-    difference = (own_logits - native_logits).abs().max().item()
-    scale = native_logits.abs().max().item()
-    if not difference <= 1e-4 * scale:
-        raise Refusal(
-            f"{donor.folder}: its own code computes other logits than the native {donor.model_class.__name__} (largest "
-            f"difference {difference:.3g}, logits up to {scale:.3g}). It cannot be converted as "
-            f"'{donor.family.model_type}'."
-        )
+    named = donor.raw_config["auto_map"]
+    for auto_name in [key for key in named if key.startswith("AutoModel")] or ["AutoModelForCausalLM"]:
+        try:
+            auto_class = getattr(transformers, auto_name)
+            own = auto_class.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32).eval()
+            own_output = own(tokens)[0]
+            native_class = auto_class._model_mapping[type(donor.config)]
+        except Exception as error:  # it is anybody's code
+            raise Refusal(
+                f"{donor.folder}: its own code could not be run ({auto_name}: {error!r}). Repair it, or use --weights-only."
+            ) from None
+        native = native_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32).eval()
+        native_output = native(tokens)[0]
+        difference = (own_output - native_output).abs().max().item()
+        scale = native_output.abs().max().item()
+        if not difference <= 1e-4 * scale:
+            raise Refusal(
+                f"{donor.folder}: its own code computes other logits than the native {native_class.__name__} (largest "
+                f"difference {difference:.3g}, values up to {scale:.3g}). It cannot be converted as "
+                f"'{donor.family.model_type}'."
+            )

@@ -34,12 +34,16 @@ class ConversionPlan:
 
     def __post_init__(self):
         method = self.method.split(",") if isinstance(self.method, str) else self.method
+        if not isinstance(method, list | tuple) or not all(isinstance(name, str) for name in method):
+            raise Refusal(
+                f"method = {method!r} is not a list of names. Use one or more of {', '.join(METHODS.names())}."
+            )
         method = tuple(name.strip().replace("-", "_") for name in method)
         object.__setattr__(self, "method", method)
         heads = self.num_key_value_heads
         if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
             raise Refusal(f"num_key_value_heads = {heads!r} is not a positive whole number. Use 1 or more.")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise Refusal(f"seed = {self.seed!r} is not a whole number from 0. Use 0 or more.")
         if self.export not in EXPORTS:
             raise Refusal(f"export = {self.export!r} is unknown. Use one of {', '.join(EXPORTS)}.")
@@ -65,9 +69,15 @@ class ConversionPlan:
     @classmethod
     def from_dict(cls, values: dict) -> "ConversionPlan":
         known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict):
+            raise Refusal(f"plan: got {values!r}, expected an object with keys of {', '.join(known)}.")
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise Refusal(f"plan: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
+        if "num_key_value_heads" not in values:
+            raise Refusal(
+                "plan: the key 'num_key_value_heads' is missing. Say how many KV heads each layer shall have."
+            )
         return cls(**values)
 
 

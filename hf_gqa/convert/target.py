@@ -14,7 +14,7 @@ from ..runtime.attention_layout import AttentionLayout
 from ..runtime.layer_plan import LayerPlan
 from .donor import Donor
 from .plan import ConversionPlan, check_plan
-from .relatives import RELATIVES
+from .relatives import RELATIVES, Relative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,50 +59,59 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
 
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
-    layout, heads = donor.family.donor_layout, rows[0].num_key_value_heads
+    layout = donor.family.donor_layout
     if any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
-    is_native = donor.layout == layout
-    if layout.key_value_heads_field is not None or heads == donor.num_attention_heads:
-        config = copy.deepcopy(donor.config) if is_native else _plain(donor.config, donor.family.native_config_class)
-        if layout.key_value_heads_field is not None:
-            setattr(config, layout.key_value_heads_field, heads)
-        target = Target(
-            export="native",
-            reason=f"{layout.model_type} has a number of KV heads of its own"
-            if layout.key_value_heads_field
-            else "the number of heads is the donor's",
-            config=config,
-            model_class=donor.model_class if is_native else _native_class(donor),
-            layout=layout,
-            rows=rows,
-            same_class=is_native,
-        )
-        return target, ""
+    if layout.key_value_heads_field is not None:
+        return _of_the_family(donor, rows, f"{layout.model_type} has a number of KV heads of its own"), ""
+    if rows[0].num_key_value_heads == donor.num_attention_heads:
+        return _of_the_family(donor, rows, "every query head has a KV head of its own"), ""
     obstacles = [f"a native {layout.model_type} has as many KV heads as query heads"]
     for relative in map(RELATIVES.get, RELATIVES.names()):
-        if relative.of != layout.model_type:
-            continue
-        obstacle = relative.obstacle(donor.config, rows)
-        class_name = relative.class_names.get(donor.model_class.__name__)
-        if obstacle is None and class_name is None:
-            obstacle = (
-                f"{relative.layout.model_type}, its native relative, has no class for {donor.model_class.__name__}"
-            )
-        if obstacle is None:
-            target = Target(
-                export="native",
-                reason=f"{layout.model_type} with one KV head computes what {relative.layout.model_type} computes",
-                config=relative.config(donor.config),
-                model_class=getattr(transformers, class_name),
-                layout=relative.layout,
-                rows=rows,
-                same_class=False,
-                passed_through=relative.passed_through,
-            )
-            return target, ""
-        obstacles.append(obstacle)
+        if relative.of == layout.model_type:
+            target, obstacle = _of_a_relative(donor, rows, relative)
+            if target is not None:
+                return target, ""
+            obstacles.append(obstacle)
     return None, "; ".join(obstacles)
+
+
+def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
+    layout = donor.family.donor_layout
+    same_class = donor.layout == layout
+    config = copy.deepcopy(donor.config) if same_class else _plain(donor.config, donor.family.native_config_class)
+    if layout.key_value_heads_field is not None:
+        setattr(config, layout.key_value_heads_field, rows[0].num_key_value_heads)
+    return Target(
+        export="native",
+        reason=reason,
+        config=config,
+        model_class=donor.model_class if same_class else _native_class(donor),
+        layout=layout,
+        rows=rows,
+        same_class=same_class,
+    )
+
+
+def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative) -> tuple[Target | None, str | None]:
+    model_type = relative.layout.model_type
+    obstacle = relative.obstacle(donor.config, rows)
+    class_name = relative.class_names.get(donor.model_class.__name__)
+    if obstacle is None and class_name is None:
+        obstacle = f"{model_type}, its native relative, has no class for {donor.model_class.__name__}"
+    if obstacle is not None:
+        return None, obstacle
+    target = Target(
+        export="native",
+        reason=f"{relative.of} with one KV head computes what {model_type} computes",
+        config=relative.config(donor.config),
+        model_class=getattr(transformers, class_name),
+        layout=relative.layout,
+        rows=rows,
+        same_class=False,
+        passed_through=relative.passed_through,
+    )
+    return target, None
 
 
 def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
@@ -139,7 +148,15 @@ def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
 def _plain(config: PretrainedConfig, config_class: type[PretrainedConfig], **changes) -> PretrainedConfig:
     """The same settings under another configuration class."""
     ours = {"model_type", "architectures", "transformers_version", "auto_map", "layer_plan", "num_key_value_heads"}
-    return config_class(**{key: value for key, value in config.to_dict().items() if key not in ours}, **changes)
+    copied = config_class(**{key: value for key, value in config.to_dict().items() if key not in ours}, **changes)
+    before, after = config.to_dict(), copied.to_dict()
+    for field in before.keys() & after.keys() - ours:
+        if before[field] != after[field]:
+            raise Refusal(
+                f"config: {field} = {before[field]!r} becomes {after[field]!r} when transformers "
+                f"{transformers.__version__} copies it. Use a newer transformers."
+            )
+    return copied
 
 
 def _native_class(donor: Donor) -> type[PreTrainedModel]:

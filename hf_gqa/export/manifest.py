@@ -13,6 +13,7 @@ from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
 from ..convert.target import Target
 from ..refusal import Refusal
+from ..runtime.layer_plan import LayerPlan
 
 
 MANIFEST_FILE = "conversion_manifest.json"
@@ -53,17 +54,29 @@ class Manifest:
         path = folder / MANIFEST_FILE
         if not path.is_file():
             raise Refusal(f"{path}: missing, so the folder does not say how it was made. Convert the donor again.")
+        known = ", ".join(field.name for field in fields(cls))
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(**values)
+            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            known = ", ".join(field.name for field in fields(cls))
             raise Refusal(f"{path}: not a manifest ({error}). Expected the keys {known}.") from None
         if manifest.format != FORMAT:
             raise Refusal(
                 f"{path}: format = {manifest.format!r}, this hf_gqa reads {FORMAT}. Install the hf_gqa of its maker."
             )
+        try:
+            manifest._check_values()
+        except (ValueError, TypeError) as error:
+            raise Refusal(f"{path}: not a manifest ({error}). Convert the donor again.") from None
         return manifest
+
+    def _check_values(self) -> None:
+        ConversionPlan.from_dict(self.plan)
+        for row in self.layer_plan:
+            LayerPlan.from_dict(row)
+        if self.export not in ("native", "bundle") or not isinstance(self.model_class, str):
+            raise ValueError(f"export = {self.export!r}, model_class = {self.model_class!r}")
+        if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
+            raise ValueError(f"donor = {self.donor!r}")
 
 
 def make_manifest(

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..refusal import Refusal
@@ -40,12 +40,13 @@ def check_output(output: Path, overwrite: bool, donor_folder: Path | None) -> No
 
 
 @contextmanager
-def staged_folder(output: Path) -> Iterator[Path]:
+def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """A fresh folder that becomes `output`, replacing it at one stroke, if the block ends without an exception.
 
     Otherwise the folder is removed and `output` is as it was. What a killed run left behind is removed by the next one.
     """
     output = output.resolve()
+    made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{output.name}.partial-"
     _remove_leftovers(output.parent, prefix)
@@ -54,23 +55,32 @@ def staged_folder(output: Path) -> Iterator[Path]:
     try:
         yield staging
         _flush(staging)
-        _publish(staging, output)
+        _publish(staging, output, overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+        with suppress(OSError):
+            for parent in made:  # those that are empty, because nothing came of it
+                parent.rmdir()
 
 
-def _publish(staging: Path, output: Path) -> None:
+def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     """Put `staging` in the place of `output`; what was there before is then in `staging`, or gone."""
-    if output.exists():
-        if not _exchange(staging, output):
-            retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-            os.rename(output, retired / "replaced")
-            os.rename(staging, output)
-            shutil.rmtree(retired, ignore_errors=True)
-    else:
+    if not output.exists():
         os.rename(staging, output)
+    elif not overwrite:
+        raise Refusal(f"{output}: exists now, and did not when the conversion began. Nothing was replaced.")
+    elif not _exchange(staging, output):
+        retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        os.rename(output, retired / "replaced")
+        try:
+            os.rename(staging, output)
+        except BaseException:
+            os.rename(retired / "replaced", output)
+            raise
+        finally:
+            shutil.rmtree(retired, ignore_errors=True)
     _flush_folder(output.parent)
 
 
@@ -97,8 +107,8 @@ def _lock(folder: Path) -> int | None:
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
-    for folder in parent.glob(f"{prefix}*"):
-        handle = _lock(folder) if folder.is_dir() else None
+    for folder in parent.iterdir():
+        handle = _lock(folder) if folder.name.startswith(prefix) and folder.is_dir() else None
         if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)

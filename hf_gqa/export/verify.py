@@ -75,7 +75,8 @@ def verify(
             checks.append(Check(name="equals the donor's merged heads", passed=None, detail="no donor was given"))
         else:
             checks.append(_check_donor(donor, manifest))
-            checks.append(_check_oracle(donor, manifest, dtype, load_file(logits_file)["logits"]))
+            if checks[-1].passed:
+                checks.append(_check_oracle(donor, manifest, dtype, load_file(logits_file)["logits"]))
     return checks
 
 
@@ -87,8 +88,11 @@ def runtime_files(model_type: str) -> list[Path]:
 
 def _check_code(folder: Path, trust_remote_code: bool) -> Check:
     name = "code is this hf_gqa's, byte for byte"
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model_type = config.get("model_type")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        return Check(name=name, passed=False, detail=f"config.json cannot be read ({error})")
     expected = {path.name: path for path in runtime_files(model_type)} if _is_ours(model_type) else {}
     shipped = {path.name: path for path in folder.glob("*.py")}
     different = sorted(

@@ -60,7 +60,7 @@ def convert_checkpoint(
     check_output(output, overwrite, donor.folder)
     target = choose_target(donor, plan)
     _check_space(output, explain(donor, plan, target).after["weight_bytes"])
-    with staged_folder(output) as staging, ThreadPoolExecutor(1) as pool:
+    with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(1) as pool:
         hashes = None
         if donor.revision is None:
             hashes = {file: pool.submit(file_sha256, donor.folder / file) for file in donor.tensors.shards}

@@ -52,7 +52,11 @@ class Checkpoint:
         self._open = {}
         listed = self._listed_shards()
         self.shards = {file: tuple(self._file(file).keys()) for file in listed}
-        self._file_of = {name: file for file, names in self.shards.items() for name in names}
+        self._file_of = {}
+        for file, name in ((file, name) for file, names in self.shards.items() for name in names):
+            twin = self._file_of.setdefault(name, file)
+            if twin != file:
+                raise Refusal(f"{folder}: '{name}' is in {twin} and in {file}. Download the donor again.")
         for file, names in listed.items():
             absent = sorted(set(names) - set(self.shards[file]))
             if absent:

@@ -1,0 +1,182 @@
+"""Every family: a plan that changes nothing changes no bit, and expansion is undone exactly by pooling."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from hf_gqa import convert
+from hf_gqa.convert.families import load_family
+from hf_gqa.methods import METHODS, method_kind
+
+from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, tiny_donor, tokens_and_mask
+
+
+EXPORTS = ("auto", "bundle")
+ATTENTIONS = ("sdpa", "eager")
+HEAD_COUNT_METHODS = [name for name in METHODS.names() if method_kind(name) != "rearrange"]
+DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+
+every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)
+every_export = pytest.mark.parametrize("export", EXPORTS)
+every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
+
+
+def has_native_gqa(model_type: str) -> bool:
+    return load_family(model_type).donor_layout.key_value_heads_field is not None
+
+
+def grouped_donor(model_type: str, num_key_value_heads: int = 2, seed: int = 0, **changes) -> PreTrainedModel:
+    """A donor with fewer KV heads than query heads: native where the family has such, else one of our own class."""
+    if has_native_gqa(model_type):
+        return tiny_donor(model_type, num_key_value_heads, seed, **changes)
+    return convert(
+        tiny_donor(model_type, seed=seed, **changes), num_key_value_heads=num_key_value_heads, export="bundle"
+    )
+
+
+def in_bfloat16(donor: PreTrainedModel) -> PreTrainedModel:
+    """As loading in bfloat16 gives it; `donor.to(bfloat16)` would round the rotary frequencies too."""
+    narrow = AutoModelForCausalLM.from_config(donor.config, dtype=torch.bfloat16).eval()
+    narrow.load_state_dict(donor.state_dict())
+    return narrow
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, padded: bool = False, **kwargs) -> torch.Tensor:
+    tokens, mask = tokens_and_mask()
+    return model(tokens, attention_mask=mask if padded else None, **kwargs).logits
+
+
+def cached_head_counts(model: PreTrainedModel) -> list[int]:
+    """KV heads of each layer as the cache sees them, whatever the configuration says."""
+    cache = DynamicCache(config=model.config)
+    logits_of(model, past_key_values=cache, use_cache=True)
+    return [layer.keys.shape[1] for layer in cache.layers]
+
+
+def assert_close_for_float32(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To 1e-5 of the largest value: rounding grows with the logits, and differs between processors."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@every_family
+@every_export
+@every_attention
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_key_value_heads", [4, 2])
+def test_identity_plan_changes_no_bit(model_type, export, attention, dtype, num_key_value_heads):
+    donor = grouped_donor(model_type, 2) if num_key_value_heads == 2 else tiny_donor(model_type)
+    if dtype == torch.bfloat16:
+        donor = in_bfloat16(donor)
+    donor.set_attn_implementation(attention)
+    student = convert(donor, num_key_value_heads=num_key_value_heads, export=export)
+    assert student.config._attn_implementation == attention
+    assert student.dtype == dtype
+    for padded in (False, True):
+        assert torch.equal(logits_of(student, padded), logits_of(donor, padded))
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("method", HEAD_COUNT_METHODS)
+def test_identity_plan_is_identity_for_every_method(model_type, export, method):
+    donor = tiny_donor(model_type)
+    student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export, method=method, seed=3)
+    assert torch.equal(logits_of(student, padded=True), logits_of(donor, padded=True))
+
+
+@every_family
+@every_export
+def test_identity_plan_keeps_attention_weights_and_hidden_states(model_type, export):
+    donor = tiny_donor(model_type)
+    donor.set_attn_implementation("eager")
+    student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export)
+    tokens, mask = tokens_and_mask()
+    found, expected = (
+        model(tokens, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+        for model in (student, donor)
+    )
+    assert len(found.attentions) == len(expected.attentions) == donor.config.num_hidden_layers
+    assert all(map(torch.equal, found.attentions, expected.attentions))
+    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+
+
+@every_family
+@every_export
+@every_attention
+def test_identity_plan_drops_out_as_the_donor_does(model_type, export, attention):
+    donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, 0.3))
+    donor.set_attn_implementation(attention)
+    student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export).train()
+    donor.train()
+    outputs = []
+    for model in (student, donor):
+        torch.manual_seed(5)
+        outputs.append(logits_of(model))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], logits_of(donor.eval())), "no dropout happened"
+
+
+@every_family
+@every_attention
+def test_bundle_becomes_native_again_bit_for_bit(model_type, attention):
+    donor = tiny_donor(model_type)
+    donor.set_attn_implementation(attention)
+    bundle = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export="bundle")
+    native = convert(bundle, num_key_value_heads=NUM_ATTENTION_HEADS)
+    assert type(native) is type(donor)
+    assert_same_tensors(native.state_dict(), donor.state_dict())
+    assert torch.equal(logits_of(native, padded=True), logits_of(donor, padded=True))
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_mean_pool_undoes_expand_bit_for_bit(model_type, export, few, many, dtype):
+    donor = grouped_donor(model_type, few)
+    if dtype == torch.bfloat16:
+        donor = in_bfloat16(donor)
+    expanded = convert(donor, num_key_value_heads=many, method="expand", export=export)
+    pooled = convert(
+        expanded, num_key_value_heads=few, export="auto" if has_native_gqa(model_type) else "bundle", method="mean_pool"
+    )
+    assert_same_tensors(pooled.state_dict(), donor.state_dict())
+
+
+@every_family
+@every_export
+@every_attention
+@pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
+def test_expand_keeps_logits(model_type, export, attention, few, many):
+    donor = grouped_donor(model_type, few)
+    donor.set_attn_implementation(attention)
+    expanded = convert(donor, num_key_value_heads=many, method="expand", export=export)
+    assert cached_head_counts(expanded) == [many] * donor.config.num_hidden_layers
+    _, mask = tokens_and_mask()
+    real = mask.bool()  # what a padding token attends to is undefined, and differs between implementations
+    assert_close_for_float32(logits_of(expanded, padded=True)[real], logits_of(donor, padded=True)[real])
+
+
+@every_family
+@every_export
+def test_tied_embeddings_stay_tied(model_type, export):
+    donor = tiny_donor(model_type, tie_word_embeddings=True)
+    student = convert(donor, num_key_value_heads=2, export=export)
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+@every_family
+@every_export
+def test_untied_embeddings_stay_untied(model_type, export):
+    donor = tiny_donor(model_type, tie_word_embeddings=False)
+    student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export)
+    assert student.get_output_embeddings().weight is not student.get_input_embeddings().weight
+    assert torch.equal(logits_of(student), logits_of(donor))

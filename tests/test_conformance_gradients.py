@@ -1,0 +1,101 @@
+"""Every family: gradients of the student are those of native attention, with and without gradient checkpointing."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_gqa import convert
+
+from .test_conformance import (
+    ATTENTIONS,
+    DROPOUTS,
+    assert_close_for_float32,
+    every_attention,
+    every_export,
+    every_family,
+    has_native_gqa,
+)
+from .test_conformance_oracle import key_value_views
+from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask
+
+
+def gradients(model: PreTrainedModel, **kwargs) -> dict[str, torch.Tensor]:
+    """Of the language modelling loss, by parameter name; every parameter must have one."""
+    model.zero_grad()
+    tokens, mask = tokens_and_mask()
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)  # what padding computes is undefined, so it predicts nothing
+    model(tokens, attention_mask=mask, labels=labels, **kwargs).loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    return found
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Under its new name where there is one: the old one warns since transformers 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(**{enable.__name__.replace("_enable", "_kwargs"): {"use_reentrant": False}})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def key_value_gradients(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return key_value_views(gradients(model, use_cache=False), head_dim)
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if has_native_gqa(name)])
+@every_attention
+@pytest.mark.parametrize("num_key_value_heads", [2, 1])
+def test_bundle_has_the_gradients_of_the_native_student(model_type, attention, num_key_value_heads):
+    donor = tiny_donor(model_type)
+    donor.set_attn_implementation(attention)
+    native, bundle = (convert(donor, num_key_value_heads=num_key_value_heads, export=e) for e in ("native", "bundle"))
+    expected, found = gradients(native, use_cache=False), gradients(bundle, use_cache=False)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close_for_float32(found[name], gradient)
+
+
+@every_family
+@every_export
+@every_attention
+@pytest.mark.parametrize("num_key_value_heads", [2, 1])
+def test_gradient_of_a_head_is_the_sum_over_its_copies(model_type, export, attention, num_key_value_heads):
+    """The slow reference: a native donor-sized model, in which every query head has its own copy of its KV head."""
+    donor = tiny_donor(model_type)
+    donor.set_attn_implementation(attention)
+    student = convert(donor, num_key_value_heads=num_key_value_heads, export="bundle")
+    copies = convert(student, num_key_value_heads=donor.config.num_attention_heads, method="expand", export=export)
+    found, expected = key_value_gradients(student), key_value_gradients(copies)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close_for_float32(found[name], gradient.unflatten(0, (num_key_value_heads, -1)).sum(1))
+
+
+@every_family
+@every_export
+@every_attention
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing_changes_no_gradient(model_type, export, attention, dropout):
+    donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, dropout))
+    donor.set_attn_implementation(attention)
+    student = convert(donor, num_key_value_heads=2, export=export).train()
+    torch.manual_seed(0)
+    expected = gradients(student)
+    enable_checkpointing(student)
+    torch.manual_seed(0)
+    found = gradients(student)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+@every_family
+def test_bundle_gradients_are_those_of_eager_attention(model_type):
+    student = convert(tiny_donor(model_type), num_key_value_heads=2, export="bundle")
+    found = []
+    for attention in ATTENTIONS:
+        student.set_attn_implementation(attention)
+        found.append(gradients(student))
+    for name, gradient in found[0].items():
+        assert_close_for_float32(found[1][name], gradient)

@@ -1,0 +1,252 @@
+"""Converting a model in memory and converting its folder give the same tensors, bit for bit, however they are sharded."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from hf_gqa import convert, convert_checkpoint
+from hf_gqa.methods import method_kind
+from hf_gqa.runtime.modeling_gqa_gpt2 import GQAGPT2ForCausalLM
+
+from .test_conformance import (
+    HEAD_COUNT_METHODS,
+    assert_same_tensors,
+    every_export,
+    every_family,
+    grouped_donor,
+    has_native_gqa,
+    in_bfloat16,
+    logits_of,
+)
+from .tiny_donors import MODEL_TYPES, tiny_donor
+
+
+INDEX = "model.safetensors.index.json"
+ONE_TENSOR_EACH, SEVERAL_EACH = "1KB", "12KB"
+
+
+def written(model: PreTrainedModel, folder: Path, **kwargs) -> Path:
+    model.save_pretrained(folder, **kwargs)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, read from the files themselves."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+        assert not found.keys() & set(names), "a tensor is stored twice"
+        found |= dict.fromkeys(names, file)
+    return found
+
+
+def load(folder: Path, auto_class=AutoModelForCausalLM) -> PreTrainedModel:
+    student, loading = auto_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(loading.values()), loading
+    return student
+
+
+def assert_same_student(folder: Path, student: PreTrainedModel, auto_class=AutoModelForCausalLM) -> None:
+    on_disk = load(folder, auto_class)
+    assert type(on_disk) is type(student)
+    assert on_disk.dtype == student.dtype
+    assert_same_tensors(on_disk.state_dict(), student.state_dict())
+    ours, theirs = on_disk.config.to_dict(), student.config.to_dict()
+    for field in ("transformers_version", "_name_or_path", "architectures", "dtype"):
+        ours.pop(field, None), theirs.pop(field, None)
+    assert ours == theirs
+
+
+def assert_index_is_right(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    files = stored(folder)
+    assert index["weight_map"] == {name: file.name for name, file in files.items()}
+    assert {file.name for file in folder.glob("*.safetensors")} == set(index["weight_map"].values())
+    tensors = [tensor for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors)
+
+
+def assert_attention_is_spread(folder: Path) -> None:
+    """The case that needs care: what a method reads of one layer lies in more than one shard."""
+    heads = re.compile(r"\.1\.\w+\.(k_proj|v_proj|c_attn)\.(weight|bias)$")
+    assert len({file for name, file in stored(folder).items() if heads.search(name)}) > 1
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("method", HEAD_COUNT_METHODS)
+def test_every_method(model_type, export, method, tmp_path):
+    donor = grouped_donor(model_type) if method_kind(method) == "expand" else tiny_donor(model_type)
+    plan = {"num_key_value_heads": 4 if method_kind(method) == "expand" else 2}
+    plan |= {"method": method, "export": export, "seed": 7}
+    manifest = convert_checkpoint(written(donor, tmp_path / "donor"), tmp_path / "student", **plan)
+    student = convert(donor, **plan)
+    assert_same_student(tmp_path / "student", student)
+    assert manifest.model_class == type(student).__name__
+    assert not torch.equal(logits_of(student), logits_of(donor)) or method_kind(method) == "expand"
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("max_shard_size", [ONE_TENSOR_EACH, SEVERAL_EACH])
+@pytest.mark.parametrize("num_key_value_heads", [2, 1])
+def test_sharded_donor(model_type, export, max_shard_size, num_key_value_heads, tmp_path):
+    donor = tiny_donor(model_type)
+    folder = written(donor, tmp_path / "donor", max_shard_size=max_shard_size)
+    if max_shard_size == ONE_TENSOR_EACH:
+        assert_attention_is_spread(folder)
+    plan = {"num_key_value_heads": num_key_value_heads, "export": export}
+    convert_checkpoint(folder, tmp_path / "student", **plan)
+    assert_index_is_right(tmp_path / "student")
+    assert_same_student(tmp_path / "student", convert(donor, **plan))
+    before, after = stored(folder), stored(tmp_path / "student")
+    moved = [name for name in before.keys() & after.keys() if before[name].name != after[name].name]
+    assert not moved, "a tensor of the donor's name stays in the donor's shard"
+
+
+@every_family
+@every_export
+def test_sharded_bfloat16_donor(model_type, export, tmp_path):
+    donor = in_bfloat16(tiny_donor(model_type))
+    folder = written(donor, tmp_path / "donor", max_shard_size=SEVERAL_EACH)
+    convert_checkpoint(folder, tmp_path / "student", num_key_value_heads=2, export=export)
+    assert_index_is_right(tmp_path / "student")
+    student = convert(donor, num_key_value_heads=2, export=export)
+    assert student.dtype == torch.bfloat16
+    assert_same_student(tmp_path / "student", student)
+    for name, file in stored(tmp_path / "student").items():
+        assert load_file(file)[name].dtype == torch.bfloat16
+
+
+@every_family
+@every_export
+def test_donor_of_several_dtypes_keeps_them(model_type, export, tmp_path):
+    donor = in_bfloat16(tiny_donor(model_type))
+    wide = [parameter for name, parameter in donor.named_parameters() if "norm" in name or ".ln_" in name]
+    for parameter in wide:
+        parameter.data = parameter.data.float() + 1e-3
+    student = convert(donor, num_key_value_heads=2, export=export)
+    folder = written(donor, tmp_path / "donor")
+    convert_checkpoint(folder, tmp_path / "student", num_key_value_heads=2, export=export)
+    # the files themselves: loading them as a model makes one dtype of them
+    state = student.state_dict()
+    on_disk = load_file(tmp_path / "student" / "model.safetensors")
+    assert_same_tensors({name: state[name] for name in on_disk}, on_disk)
+    assert sum(tensor.dtype == torch.float32 for tensor in on_disk.values()) == len(wide) > 0
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("max_shard_size", ["1GB", ONE_TENSOR_EACH])
+def test_donor_saved_from_the_base_model(model_type, export, max_shard_size, tmp_path):
+    donor = tiny_donor(model_type).base_model
+    folder = written(donor, tmp_path / "donor", max_shard_size=max_shard_size)
+    assert not any(name.startswith(f"{donor.base_model_prefix}.") for name in stored(folder))
+    convert_checkpoint(folder, tmp_path / "student", num_key_value_heads=2, export=export)
+    student = convert(donor, num_key_value_heads=2, export=export)
+    assert "ForCausalLM" not in type(student).__name__
+    assert_same_student(tmp_path / "student", student, AutoModel)
+    with_head = convert(tiny_donor(model_type), num_key_value_heads=2, export=export)
+    assert_same_tensors(student.state_dict(), with_head.base_model.state_dict())
+
+
+@every_family
+@every_export
+def test_head_class_whose_tensors_lack_the_prefix(model_type, export, tmp_path):
+    """As the original GPT-2 is stored, with buffers that the class rebuilds."""
+    donor = tiny_donor(model_type)
+    folder = written(donor, tmp_path / "donor")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix(f"{donor.base_model_prefix}."): tensor for name, tensor in tensors.items()}
+    if model_type == "gpt2":
+        bare |= {f"h.{layer_idx}.attn.bias": torch.ones(1, 1, 64, 64) for layer_idx in range(2)}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    convert_checkpoint(folder, tmp_path / "student", num_key_value_heads=2, export=export)
+    assert_same_student(tmp_path / "student", convert(donor, num_key_value_heads=2, export=export))
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("num_key_value_heads", [2, 1, 4])
+def test_bundle_as_donor(model_type, export, num_key_value_heads, tmp_path):
+    """A student converted further, into a bundle or back into the native class."""
+    donor = convert(tiny_donor(model_type), num_key_value_heads=2, export="bundle")
+    plan = {"num_key_value_heads": num_key_value_heads, "export": export}
+    plan["method"] = "expand" if num_key_value_heads == 4 else "mean_pool"
+    folder = written(donor, tmp_path / "donor", max_shard_size=ONE_TENSOR_EACH)
+    convert_checkpoint(folder, tmp_path / "student", **plan)
+    assert_same_student(tmp_path / "student", convert(donor, **plan))
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_embeddings_tied_or_not(model_type, export, tied, tmp_path):
+    donor = tiny_donor(model_type, tie_word_embeddings=tied)
+    convert_checkpoint(written(donor, tmp_path / "donor"), tmp_path / "student", num_key_value_heads=2, export=export)
+    assert ("lm_head.weight" in stored(tmp_path / "student")) != tied
+    assert_same_student(tmp_path / "student", convert(donor, num_key_value_heads=2, export=export))
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("num_key_value_heads", [4, 2])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+def test_donor_in_memory_is_untouched(model_type, export, num_key_value_heads, training):
+    donor = tiny_donor(model_type).train(training)
+    before = {name: tensor.clone() for name, tensor in donor.state_dict().items()}
+    config, generation = donor.config.to_dict(), donor.generation_config.to_dict()
+    student = convert(donor, num_key_value_heads=num_key_value_heads, export=export)
+    assert student.training is donor.training is training
+    assert student.generation_config.to_dict() == generation
+    ours, theirs = (
+        {tensor.untyped_storage().data_ptr() for group in (model.parameters(), model.buffers()) for tensor in group}
+        for model in (student, donor)
+    )
+    assert not ours & theirs
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    student.config.num_attention_heads = student.generation_config.max_length = 1
+    assert_same_tensors(donor.state_dict(), before)
+    assert (donor.config.to_dict(), donor.generation_config.to_dict()) == (config, generation)
+
+
+@every_family
+@every_export
+def test_donor_on_disk_is_untouched(model_type, export, tmp_path):
+    folder = written(tiny_donor(model_type), tmp_path / "donor", max_shard_size=SEVERAL_EACH)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    convert_checkpoint(folder, tmp_path / "student", num_key_value_heads=2, export=export)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if has_native_gqa(name)])
+def test_native_and_bundle_hold_the_same_tensors(model_type, tmp_path):
+    folder = written(tiny_donor(model_type), tmp_path / "donor", max_shard_size=ONE_TENSOR_EACH)
+    for export in ("native", "bundle"):
+        convert_checkpoint(folder, tmp_path / export, num_key_value_heads=2, export=export)
+    native, bundle = stored(tmp_path / "native"), stored(tmp_path / "bundle")
+    assert {name: file.name for name, file in native.items()} == {name: file.name for name, file in bundle.items()}
+    for name in native:
+        assert torch.equal(load_file(native[name])[name], load_file(bundle[name])[name])
+
+
+def test_reconverting_a_gpt2_bundle_in_shards_fuses_it_again(tmp_path):
+    """Three projections in three shards become the one tensor of the native class."""
+    donor = tiny_donor("gpt2")
+    bundle = convert(donor, num_key_value_heads=4, export="bundle")
+    assert type(bundle) is GQAGPT2ForCausalLM
+    convert_checkpoint(
+        written(bundle, tmp_path / "bundle", max_shard_size=ONE_TENSOR_EACH), tmp_path / "native", num_key_value_heads=4
+    )
+    assert_index_is_right(tmp_path / "native")
+    assert_same_tensors(load(tmp_path / "native").state_dict(), donor.state_dict())

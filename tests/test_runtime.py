@@ -1,0 +1,265 @@
+"""The shipped code: the table of rows, the configuration that carries it, and layers that differ in heads."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import hf_gqa.runtime
+from hf_gqa import convert
+from hf_gqa.convert.families import load_family
+from hf_gqa.runtime.layer_plan import LayerPlan, check_rows, uniform_rows
+
+from .test_conformance import (
+    ATTENTIONS,
+    assert_close_for_float32,
+    assert_same_tensors,
+    cached_head_counts,
+    every_export,
+    every_family,
+    logits_of,
+)
+from .test_conformance_decoding import assert_cached_equals_uncached, generate, logits_in_chunks, new_cache
+from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
+from .tiny_donors import NUM_ATTENTION_HEADS, tiny_config, tiny_donor, tokens_and_mask
+
+
+RUNTIME_FILES = sorted(Path(hf_gqa.runtime.__file__).parent.glob("*.py"))
+UNEVEN = (2, 1)
+
+
+def bundle_config(model_type: str, heads: tuple[int, ...] | None, **changes):
+    family = load_family(model_type)
+    donor = tiny_config(model_type, **changes).to_dict()
+    for field in ("model_type", "num_key_value_heads", "architectures", "transformers_version"):
+        donor.pop(field, None)
+    plan = heads and [{"num_key_value_heads": n} for n in heads]
+    return family.config_class(**donor, num_key_value_heads=heads and max(heads), layer_plan=plan)
+
+
+def uneven_student(model_type: str, heads: tuple[int, ...] = UNEVEN) -> PreTrainedModel:
+    """A bundle whose layers have different numbers of KV heads, with weights that show in the logits."""
+    student = AutoModelForCausalLM.from_config(bundle_config(model_type, heads)).eval()
+    donor = tiny_donor(model_type)
+    generator = torch.Generator().manual_seed(1)
+    like_donor = donor.state_dict()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            same = like_donor.get(name)
+            if same is not None and same.shape == parameter.shape:
+                parameter.copy_(same)
+            else:
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return student
+
+
+def copies_of_heads(student: PreTrainedModel) -> PreTrainedModel:
+    """The slow reference: the bundle with as many KV heads as query heads, each a copy of the student's."""
+    rows = (NUM_ATTENTION_HEADS,) * student.config.num_hidden_layers
+    model_type = student.config.model_type.removeprefix("gqa_")
+    reference = AutoModelForCausalLM.from_config(bundle_config(model_type, rows)).eval()
+    own, copied = student.state_dict(), reference.state_dict()
+    reference.load_state_dict({name: own[name] if own[name].shape == t.shape else t for name, t in copied.items()})
+    views = model_key_value_views(reference)
+    for name, head_K in model_key_value_views(student).items():
+        views[name].copy_(head_K.repeat_interleave(len(views[name]) // len(head_K), dim=0))
+    return convert(reference, num_key_value_heads=NUM_ATTENTION_HEADS, export="native")
+
+
+def test_row_round_trip_and_refusals():
+    row = LayerPlan(num_key_value_heads=2)
+    assert LayerPlan.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+    for wrong, got in (
+        ({}, "[]"),
+        ({"num_key_value_heads": 2, "window": 3}, "['num_key_value_heads', 'window']"),
+        ([2], "[2]"),
+        (2, "2"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            LayerPlan.from_dict(wrong)
+        assert str(refused.value) == (
+            f"layer_plan: a row has the keys ['num_key_value_heads'], got {got}. Convert the donor again."
+        )
+
+
+def test_table_with_another_number_of_rows_is_refused():
+    with pytest.raises(ValueError) as refused:
+        check_rows(uniform_rows(3, 2), num_hidden_layers=2, num_attention_heads=4)
+    assert str(refused.value) == "layer_plan: 3 rows for num_hidden_layers = 2. Give one row each."
+
+
+@pytest.mark.parametrize("heads", [0, -2, 4, 5, 12, True, "2", 2.0, None])
+def test_row_whose_heads_do_not_divide_is_refused(heads):
+    rows = (LayerPlan(num_key_value_heads=2), LayerPlan(num_key_value_heads=heads))
+    with pytest.raises(ValueError) as refused:
+        check_rows(rows, num_hidden_layers=2, num_attention_heads=6)
+    assert str(refused.value) == (
+        f"layer_plan row 1: num_key_value_heads = {heads!r} does not divide num_attention_heads = 6. "
+        "Use one of 1, 2, 3, 6."
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_rows_that_divide_are_accepted(heads):
+    check_rows(uniform_rows(2, heads), num_hidden_layers=2, num_attention_heads=6)
+
+
+@every_family
+def test_configuration_round_trip_through_json(model_type, tmp_path):
+    config = bundle_config(model_type, UNEVEN)
+    assert config.layer_plan == [{"num_key_value_heads": 2}, {"num_key_value_heads": 1}]
+    again = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path)
+    on_disk = json.loads((tmp_path / "config.json").read_text())
+    assert (on_disk["layer_plan"], on_disk["num_key_value_heads"]) == (config.layer_plan, 2)
+    assert type(config).from_pretrained(tmp_path).layer_plan == config.layer_plan
+
+
+@every_family
+def test_configuration_without_rows_is_uniform(model_type):
+    config = load_family(model_type).config_class(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    assert config.layer_plan == [{"num_key_value_heads": 2}] * 3
+
+
+def test_gpt2_configuration_without_kv_heads_has_all_of_them():
+    config = load_family("gpt2").config_class(n_layer=2, n_head=4)
+    assert (config.num_key_value_heads, config.layer_plan) == (4, [{"num_key_value_heads": 4}] * 2)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"num_key_value_heads": 4},
+            "num_key_value_heads = 4 is not the largest count in layer_plan, 2. The rows decide: set num_key_value_heads "
+            "to 2, or convert the donor again.",
+        ),
+        ({"num_hidden_layers": 3}, "layer_plan: 2 rows for num_hidden_layers = 3. Give one row each."),
+        (
+            {"layer_plan": [{"num_key_value_heads": 3}, {"num_key_value_heads": 1}]},
+            "layer_plan row 0: num_key_value_heads = 3 does not divide num_attention_heads = 4. Use one of 1, 2, 4.",
+        ),
+        (
+            {"layer_plan": [{"heads": 2}, {"heads": 1}]},
+            "layer_plan: a row has the keys ['num_key_value_heads'], got ['heads']. Convert the donor again.",
+        ),
+    ],
+    ids=["count", "rows", "divide", "keys"],
+)
+def test_configuration_that_contradicts_its_rows_is_refused(model_type, changes, message):
+    values = bundle_config(model_type, UNEVEN).to_dict()
+    for field in ("model_type", "layer_types"):
+        values.pop(field, None)
+    with pytest.raises(Exception) as refused:  # the validator of transformers wraps ours
+        load_family(model_type).config_class(**(values | changes))
+    assert message in str(refused.value)
+
+
+@every_family
+@pytest.mark.parametrize("heads", [(2, 1), (1, 4), (4, 2)])
+def test_layers_with_different_heads_equal_copied_heads(model_type, heads):
+    student = uneven_student(model_type, heads)
+    reference = copies_of_heads(student)
+    assert cached_head_counts(student) == list(heads)
+    real = tokens_and_mask()[1].bool()
+    for attention in ATTENTIONS:
+        student.set_attn_implementation(attention)
+        assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(reference, padded=True)[real])
+
+
+@every_family
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_layers_with_different_heads_decode_from_a_cache(model_type, attention, kind):
+    student = uneven_student(model_type)
+    student.set_attn_implementation(attention)
+    assert_cached_equals_uncached(student, kind)
+    assert torch.equal(
+        generate(student, num_beams=3).sequences, generate(student, num_beams=3, use_cache=False).sequences
+    )
+
+
+@every_family
+def test_cache_holds_the_heads_of_each_row(model_type):
+    student = uneven_student(model_type)
+    for kind in ("dynamic", "static"):
+        cache = new_cache(kind, student)
+        logits_in_chunks(student, cache)
+        shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+        assert all(keys == values for keys, values in shapes)
+        head_dim = student.config.hidden_size // NUM_ATTENTION_HEADS
+        head_dim = getattr(student.config, "head_dim", None) or head_dim
+        assert [(keys[0], keys[1], keys[3]) for keys, _ in shapes] == [(2, heads, head_dim) for heads in UNEVEN]
+
+
+@every_family
+def test_layers_with_different_heads_survive_saving(model_type, tmp_path):
+    student = uneven_student(model_type)
+    student.save_pretrained(tmp_path)
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert_same_tensors(again.state_dict(), student.state_dict())
+    assert torch.equal(logits_of(again), logits_of(student))
+
+
+@every_family
+@every_export
+@pytest.mark.parametrize("heads, wanted", [((2, 1), 1), ((4, 2), 2), ((4, 1), 1)])
+def test_layers_with_different_heads_can_be_reduced(model_type, export, heads, wanted):
+    donor = uneven_student(model_type, heads)
+    student = convert(donor, num_key_value_heads=wanted, export=export)
+    assert cached_head_counts(student) == [wanted] * len(heads)
+    overwrite_groups(donor, wanted)
+    assert_same_logits(student, donor)
+
+
+@every_family
+@every_export
+def test_layers_with_different_heads_can_be_expanded(model_type, export):
+    donor = uneven_student(model_type)
+    student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, method="expand", export=export)
+    assert_same_logits(student, donor)
+
+
+@every_family
+def test_attention_implementation_can_be_switched(model_type):
+    student = uneven_student(model_type)
+    tokens, mask = tokens_and_mask()
+    for attention in ("eager", "sdpa", "eager"):
+        student.set_attn_implementation(attention)
+        assert student.config._attn_implementation == attention
+        found = student(tokens, attention_mask=mask, output_attentions=attention == "eager")
+        if attention == "eager":
+            for weights in found.attentions:
+                assert weights.shape == (2, NUM_ATTENTION_HEADS, tokens.shape[1], tokens.shape[1])
+                torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+@every_family
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_forward_compiles_without_graph_breaks(model_type, attention):
+    student = uneven_student(model_type)
+    student.set_attn_implementation(attention)
+    expected = logits_of(student, padded=True, use_cache=False)
+    torch.compiler.reset()
+    compiled = torch.compile(student, fullgraph=True, backend="eager")
+    assert_close_for_float32(logits_of(compiled, padded=True, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("file", RUNTIME_FILES, ids=lambda path: path.stem)
+def test_shipped_files_import_only_what_a_user_has(file):
+    """transformers finds the files to ship by `from .sibling import name`; nothing else of hf_gqa reaches a bundle."""
+    siblings = {path.stem for path in RUNTIME_FILES}
+    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "huggingface_hub"}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= 1
+            assert node.module in siblings if node.level else node.module.partition(".")[0] in allowed
