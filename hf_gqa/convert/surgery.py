@@ -36,7 +36,8 @@ def converted_shards(
             if name not in donor.dropped:
                 tensors.update(surgery.student_tensors(name))
                 progress(donor.tensors.size_bytes(name))
-        yield file, tensors
+        if tensors:  # a shard may hold nothing but what is fused into tensors of another
+            yield file, tensors
 
 
 def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
