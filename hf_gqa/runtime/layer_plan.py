@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, fields
 
 
+Rows = list[dict] | None  # the configuration field `layer_plan`
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """One row of the table.

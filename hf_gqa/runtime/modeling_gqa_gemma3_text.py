@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -24,7 +25,7 @@ DONOR_LAYOUT = AttentionLayout(
 @strict
 class GQAGemma3TextConfig(PlannedConfig, Gemma3TextConfig):
     model_type = "gqa_gemma3_text"
-    layer_plan: list[dict] | None = None
+    layer_plan: Rows = None
 
 
 class GQAGemma3TextAttention(PlannedAttention, Gemma3Attention):

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from .attention_layout import AttentionLayout
+from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -31,7 +32,7 @@ class GQAGPT2Config(PlannedConfig, GPT2Config):
         "h.*.attn.v_proj": "colwise",
     }
     num_key_value_heads: int | None = None
-    layer_plan: list[dict] | None = None
+    layer_plan: Rows = None
 
 
 class GQAGPT2Attention(PlannedAttention, GPT2Attention):

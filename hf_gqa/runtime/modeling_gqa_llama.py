@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -22,7 +23,7 @@ DONOR_LAYOUT = AttentionLayout(
 @strict
 class GQALlamaConfig(PlannedConfig, LlamaConfig):
     model_type = "gqa_llama"
-    layer_plan: list[dict] | None = None
+    layer_plan: Rows = None
 
 
 class GQALlamaAttention(PlannedAttention, LlamaAttention):

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.mistral.modeling_mistral import MistralAttention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -22,7 +23,7 @@ DONOR_LAYOUT = AttentionLayout(
 @strict
 class GQAMistralConfig(PlannedConfig, MistralConfig):
     model_type = "gqa_mistral"
-    layer_plan: list[dict] | None = None
+    layer_plan: Rows = None
 
 
 class GQAMistralAttention(PlannedAttention, MistralAttention):

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -22,7 +23,7 @@ DONOR_LAYOUT = AttentionLayout(
 @strict
 class GQAQwen2Config(PlannedConfig, Qwen2Config):
     model_type = "gqa_qwen2"
-    layer_plan: list[dict] | None = None
+    layer_plan: Rows = None
 
 
 class GQAQwen2Attention(PlannedAttention, Qwen2Attention):

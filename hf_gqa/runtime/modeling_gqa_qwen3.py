@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -24,7 +25,7 @@ DONOR_LAYOUT = AttentionLayout(
 @strict
 class GQAQwen3Config(PlannedConfig, Qwen3Config):
     model_type = "gqa_qwen3"
-    layer_plan: list[dict] | None = None
+    layer_plan: Rows = None
 
 
 class GQAQwen3Attention(PlannedAttention, Qwen3Attention):
