@@ -298,28 +298,34 @@ def _first_value(mapping) -> str:
     return next(iter(mapping.values()), "nothing") if isinstance(mapping, dict) else repr(mapping)
 
 
-@torch.no_grad()
 def _compare_with_own_code(donor: Donor) -> None:
     """Run each model class that the donor ships on a few tokens; refuse unless it computes what the native one does."""
-    tokens = torch.arange(16).remainder(donor.config.vocab_size).unsqueeze(0)
     named = donor.raw_config["auto_map"]
     for auto_name in [key for key in named if key.startswith("AutoModel")] or ["AutoModelForCausalLM"]:
         try:
-            auto_class = getattr(transformers, auto_name)
-            own = auto_class.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32).eval()
-            own_output = own(tokens)[0]
-            native_class = auto_class._model_mapping[type(donor.config)]
+            difference = _relative_difference(donor, getattr(transformers, auto_name))
         except Exception as error:  # it is anybody's code
             raise Refusal(
-                f"{donor.folder}: its own code could not be run ({auto_name}: {error!r}). Repair it, or use --weights-only."
+                f"{donor.folder}: its own code could not be run and compared ({auto_name}: {error!r}). Repair it, or use "
+                f"--weights-only."
             ) from None
-        native = native_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32).eval()
-        native_output = native(tokens)[0]
-        difference = (own_output - native_output).abs().max().item()
-        scale = native_output.abs().max().item()
-        if not difference <= 1e-4 * scale:
+        if not difference <= 1e-4:
             raise Refusal(
-                f"{donor.folder}: its own code computes other logits than the native {native_class.__name__} (largest "
-                f"difference {difference:.3g}, values up to {scale:.3g}). It cannot be converted as "
+                f"{donor.folder}: its own code computes other logits than the native {donor.model_class.__name__} "
+                f"({auto_name}: largest difference {difference:.3g} of the largest value). It cannot be converted as "
                 f"'{donor.family.model_type}'."
             )
+
+
+@torch.no_grad()
+def _relative_difference(donor: Donor, auto_class) -> float:
+    """Between the donor's own class and the native one of the same purpose, on sixteen tokens."""
+    tokens = torch.arange(16).remainder(donor.config.vocab_size).unsqueeze(0)
+    native_class = auto_class._model_mapping[type(donor.config)]
+    own = auto_class.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32)
+    own_output = own.eval()(tokens)[0]
+    native = native_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32)
+    native_output = native.eval()(tokens)[0]
+    if own_output.shape != native_output.shape:
+        raise ValueError(f"its output has shape {list(own_output.shape)}, the native one {list(native_output.shape)}")
+    return ((own_output - native_output).abs().max() / native_output.abs().max()).item()

@@ -100,10 +100,10 @@ def _check_code(folder: Path, trust_remote_code: bool) -> Check:
         for file in expected.keys() | shipped.keys()
         if file not in expected or file not in shipped or expected[file].read_bytes() != shipped[file].read_bytes()
     )
-    foreign = [
-        where for where in config.get("auto_map", {}).values() if f"{where.partition('.')[0]}.py" not in expected
-    ]
-    different += [f"auto_map names {where}" for where in foreign]
+    auto_map = config.get("auto_map")
+    for where in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+        if f"{str(where).partition('.')[0]}.py" not in expected:
+            different.append(f"auto_map names {where}")
     if not different:
         return Check(name=name, passed=True, detail=f"{len(expected)} files")
     detail = f"differs: {', '.join(different)}"
