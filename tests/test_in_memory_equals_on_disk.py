@@ -128,6 +128,16 @@ def test_sharded_bfloat16_donor(model_type, export, tmp_path):
 
 @every_family
 @every_export
+def test_donor_cast_after_loading_keeps_its_dtype(model_type, export):
+    """Its configuration still says bfloat16; the tensors decide."""
+    donor = in_bfloat16(tiny_donor(model_type)).float()
+    student = convert(donor, num_key_value_heads=2, export=export)
+    assert student.dtype == student.config.dtype == torch.float32
+    assert {tensor.dtype for tensor in student.state_dict().values()} == {torch.float32}
+
+
+@every_family
+@every_export
 def test_donor_of_several_dtypes_keeps_them(model_type, export, tmp_path):
     donor = in_bfloat16(tiny_donor(model_type))
     wide = [parameter for name, parameter in donor.named_parameters() if "norm" in name or ".ln_" in name]
@@ -171,6 +181,7 @@ def test_head_class_whose_tensors_lack_the_prefix(model_type, export, tmp_path):
     save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     convert_checkpoint(folder, tmp_path / "student", num_key_value_heads=2, export=export)
     assert_same_student(tmp_path / "student", convert(donor, num_key_value_heads=2, export=export))
+    assert not [name for name in stored(tmp_path / "student") if name.endswith(".attn.bias")]
 
 
 @every_family

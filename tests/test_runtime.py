@@ -1,15 +1,11 @@
 """The shipped code: the table of rows, the configuration that carries it, and layers that differ in heads."""
 
-import ast
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import hf_gqa.runtime
 from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 from hf_gqa.runtime.layer_plan import LayerPlan, check_rows, uniform_rows
@@ -28,7 +24,6 @@ from .test_conformance_oracle import assert_same_logits, model_key_value_views, 
 from .tiny_donors import NUM_ATTENTION_HEADS, tiny_config, tiny_donor, tokens_and_mask
 
 
-RUNTIME_FILES = sorted(Path(hf_gqa.runtime.__file__).parent.glob("*.py"))
 UNEVEN = (2, 1)
 
 
@@ -162,6 +157,26 @@ def test_configuration_that_contradicts_its_rows_is_refused(model_type, changes,
 
 
 @every_family
+def test_new_model_is_initialised_as_its_family_is(model_type):
+    """The modules that replace native ones get the family's initialisation, not that of torch."""
+    config = bundle_config(model_type, UNEVEN, initializer_range=0.5)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        torch.manual_seed(0)
+        for (_, _, kind), view in model_key_value_views(auto_class.from_config(config)).items():
+            if kind == "bias":
+                assert not view.any()
+            else:
+                assert view.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+@every_family
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_new_model_ties_its_embeddings_if_asked(model_type, tied):
+    student = AutoModelForCausalLM.from_config(bundle_config(model_type, UNEVEN, tie_word_embeddings=tied))
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
+
+
+@every_family
 @pytest.mark.parametrize("heads", [(2, 1), (1, 4), (4, 2)])
 def test_layers_with_different_heads_equal_copied_heads(model_type, heads):
     student = uneven_student(model_type, heads)
@@ -236,6 +251,7 @@ def test_attention_implementation_can_be_switched(model_type):
         assert student.config._attn_implementation == attention
         found = student(tokens, attention_mask=mask, output_attentions=attention == "eager")
         if attention == "eager":
+            assert len(found.attentions) == student.config.num_hidden_layers
             for weights in found.attentions:
                 assert weights.shape == (2, NUM_ATTENTION_HEADS, tokens.shape[1], tokens.shape[1])
                 torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
@@ -250,16 +266,3 @@ def test_forward_compiles_without_graph_breaks(model_type, attention):
     torch.compiler.reset()
     compiled = torch.compile(student, fullgraph=True, backend="eager")
     assert_close_for_float32(logits_of(compiled, padded=True, use_cache=False), expected)
-
-
-@pytest.mark.parametrize("file", RUNTIME_FILES, ids=lambda path: path.stem)
-def test_shipped_files_import_only_what_a_user_has(file):
-    """transformers finds the files to ship by `from .sibling import name`; nothing else of hf_gqa reaches a bundle."""
-    siblings = {path.stem for path in RUNTIME_FILES}
-    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "huggingface_hub"}
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level <= 1
-            assert node.module in siblings if node.level else node.module.partition(".")[0] in allowed

@@ -70,6 +70,7 @@ MOMENTS = {
     "while carrying files": lambda: on_call(shutil, "copyfile", 1, kill),
     "while flushing": lambda: on_call(os, "fsync", 2, kill),
     "before the rename": lambda: on_call(os, "rename", 1, kill),
+    "between two renames": lambda: on_call(os, "rename", 2, kill),
     "while removing the old": lambda: on_call(shutil, "rmtree", 1, kill),
     "SIGTERM": lambda: on_call(write_student, "save_file", 2, wait_after_a_file),
     "SIGINT": lambda: on_call(write_student, "save_file", 2, wait_after_a_file),
@@ -338,6 +339,13 @@ def test_run_killed_while_publishing_leaves_no_half(stopped, run, student):
     found = stopped[run]
     assert (found["code"], found["student"], found["hidden"]) == (-signal.SIGKILL, student, 1)
     assert (found["next"], found["next hidden"]) == ("new", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders at one stroke")
+def test_there_is_no_moment_without_an_output_while_one_is_replaced(stopped):
+    found = stopped["between two renames, replacing"]
+    assert (found["code"], found["student"], found["hidden"]) == (0, "new", 0)
 
 
 @pytest.mark.slow

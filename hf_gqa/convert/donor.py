@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -148,7 +148,12 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
         raise Refusal(f"{path}: no such folder. Give a folder with config.json and safetensors weights.")
     try:
         folder = Path(
-            snapshot_download(name_or_path, revision=revision, allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, "*.py"])
+            snapshot_download(
+                name_or_path,
+                revision=revision,
+                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, "*.py"],
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
