@@ -1,7 +1,7 @@
-"""Memory and time of converting a 1.3B-parameter bf16 donor on disk, against copying its files and against load-modify-save.
+"""Memory and time of converting a bf16 donor on disk, against copying its files and against load-modify-save.
 
-Run: `python benchmarks/convert.py [--rounds 5] [--folder DIR] [--output benchmarks/results/convert.json]`. Needs about 12 GB of
-disk. Every way runs in a process of its own, interleaved; medians; the donor is in the page cache for all of them.
+Run: `python benchmarks/convert.py [--size 1.3b|7b] [--rounds 5] [--folder DIR] [--output FILE]`. Needs disk for the donor twice:
+6 GB for 1.3b, 27 GB for 7b. Every way runs in a process of its own, interleaved, after one round that is not counted; medians.
 Memory is the peak of anonymous memory (RssAnon), sampled every 2 ms, so that mapped files do not count.
 """
 
@@ -23,18 +23,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-CONFIG = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=5504,
-    num_hidden_layers=24,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    vocab_size=32000,
-    dtype="bfloat16",
-    architectures=["LlamaForCausalLM"],
-)
-NUM_KEY_VALUE_HEADS = 8
-LAYERS_PER_SHARD = 5
+SIZES = {
+    "1.3b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+}
+LAYERS_PER_SHARD = {"1.3b": 5, "7b": 8}
+NUM_ATTENTION_HEADS, NUM_KEY_VALUE_HEADS = 32, 8
 
 IMPORTS = "import sys, time, torch, transformers, hf_gqa; donor, output = sys.argv[1:3]\n"
 TIMED = "import sys, time; donor, output = sys.argv[1:3]\n"
@@ -69,17 +63,19 @@ model.save_pretrained(output)
 REPORT = "\nprint('SECONDS', time.perf_counter() - start)"
 
 
-def write_donor(folder: Path) -> tuple[int, int]:
+def write_donor(folder: Path, size: str) -> tuple[int, int]:
     """Write a random donor in shards; returns its bytes and its parameters."""
+    config = LlamaConfig(
+        num_attention_heads=NUM_ATTENTION_HEADS, architectures=["LlamaForCausalLM"], dtype="bfloat16", **SIZES[size]
+    )
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(CONFIG).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     shard_of = {}
     for name in shapes:
         parts = name.split(".")
-        shard_of[name] = int(parts[2]) // LAYERS_PER_SHARD if parts[1] == "layers" else 0
-    files = {
-        n: f"model-{n + 1:05d}-of-{max(shard_of.values()) + 1:05d}.safetensors" for n in sorted(set(shard_of.values()))
-    }
+        shard_of[name] = int(parts[2]) // LAYERS_PER_SHARD[size] if parts[1] == "layers" else 0
+    shards = sorted(set(shard_of.values()))
+    files = {shard: f"model-{shard + 1:05d}-of-{len(shards):05d}.safetensors" for shard in shards}
     generator = torch.Generator().manual_seed(0)
     for shard, file in files.items():
         names = [name for name in shapes if shard_of[name] == shard]
@@ -88,7 +84,7 @@ def write_donor(folder: Path) -> tuple[int, int]:
     parameters = sum(shape.numel() for shape in shapes.values())
     index = {"metadata": {"total_size": 2 * parameters}, "weight_map": {name: files[shard_of[name]] for name in shapes}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    CONFIG.save_pretrained(folder)
+    config.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.iterdir()), parameters
 
 
@@ -136,17 +132,19 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="1.3b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to put donor and outputs; a temporary folder by default")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "convert.json")
+    parser.add_argument("--output", type=Path, help="benchmarks/results/convert_<size>.json by default")
     arguments = parser.parse_args()
+    results = arguments.output or Path(__file__).parent / "results" / f"convert_{arguments.size}.json"
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         donor = Path(scratch) / "donor"
         donor.mkdir()
-        donor_bytes, parameters = write_donor(donor)
+        donor_bytes, parameters = write_donor(donor, arguments.size)
         largest = max(path.stat().st_size for path in donor.iterdir())
         runs = {name: [] for name in WAYS}
-        for _ in range(arguments.rounds + 1):  # the first round warms the page cache and is dropped
+        for _ in range(arguments.rounds + 1):  # the first one warms the page cache
             for name, code in WAYS.items():
                 runs[name].append(run_way(code, donor, Path(scratch) / "output"))
     ways = {
@@ -159,19 +157,19 @@ def main() -> None:
         way["seconds_over_cp"] = way["seconds"] / ways["cp"]["seconds"]
     result = {
         "donor": {
+            "size": arguments.size,
             "parameters": parameters,
             "bytes": donor_bytes,
             "largest_shard_bytes": largest,
-            "config": "LlamaConfig",
         },
-        "plan": {"num_key_value_heads": NUM_KEY_VALUE_HEADS, "method": "mean_pool", "from": CONFIG.num_key_value_heads},
+        "plan": {"from": NUM_ATTENTION_HEADS, "num_key_value_heads": NUM_KEY_VALUE_HEADS, "method": "mean_pool"},
         "rounds": arguments.rounds,
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {name: version(name) for name in ("hf_gqa", "torch", "transformers", "safetensors")},
         "ways": ways,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{parameters / 1e9:.2f}B parameters, {donor_bytes / 1e9:.2f} GB in shards of up to {largest / 1e6:.0f} MB")
     print(table(result))
 

@@ -127,6 +127,14 @@ def test_native_export_that_cannot_be_had_is_refused(tmp_path):
     assert_refused(donor, tmp_path, *words, options=("--export", "native"))
 
 
+@pytest.mark.parametrize("seed", [2**43, 2**62, 2**70])
+def test_large_seed_is_taken_or_refused(tmp_path, seed):
+    options = ["--num-key-value-heads", 2, "--method", "random_init", "--seed", seed]
+    result = run_cli("convert", write_donor(tmp_path / "donor"), tmp_path / "student", *options)
+    if result.exit_code != 0:
+        assert_one_message(result, 2, f"seed = {seed}")
+
+
 @pytest.mark.parametrize("heads", [True, 2.0, "2", None])
 def test_head_count_of_another_type_is_refused(heads):
     with pytest.raises(Refusal, match="is not a positive whole number"):
@@ -160,7 +168,7 @@ def test_plan_from_json_refuses_unknown_and_missing_keys():
     "plan",
     [
         ConversionPlan(num_key_value_heads=2),
-        ConversionPlan(num_key_value_heads=1, method="random-init", export="bundle", seed=2**62),
+        ConversionPlan(num_key_value_heads=1, method="random-init", export="bundle", seed=2**31),
         ConversionPlan(num_key_value_heads=8, method=("expand",), export="native", seed=3),
     ],
 )

@@ -14,11 +14,15 @@ def inspect(
     weights_only: bool = typer.Option(
         False, "--weights-only", help="Read a donor that ships code as its native class."
     ),
+    trust_remote_code: bool = typer.Option(
+        False, "--trust-remote-code", help="The same, after running the donor's code once to compare."
+    ),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Show heads, cache, legal targets and how each would be exported; nothing is written."""
     with errors_as_messages(json):
-        found = inspect_donor(open_donor(donor, revision=revision, weights_only=weights_only))
+        opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
+        found = inspect_donor(opened)
     if json:
         print_json(found)
         return

@@ -19,13 +19,19 @@ def verify(
     ),
     dtype: str = typer.Option("float32", help=f"To compute in: {', '.join(TOLERANCE)}."),
     trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run a bundle's code even if it is not this hf_gqa's."
+        False,
+        "--trust-remote-code",
+        help="Run a bundle's code even if it is not this hf_gqa's, and a donor's to compare.",
     ),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Load OUTPUT where hf_gqa cannot be imported; compare it with its manifest and, given the donor, with its logits."""
     with errors_as_messages(json):
-        opened = open_donor(donor, revision=revision, weights_only=weights_only) if donor else None
+        opened = None
+        if donor:
+            opened = open_donor(
+                donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code
+            )
         checks = run_checks(output, opened, dtype=dtype, trust_remote_code=trust_remote_code)
     passed = all(check.passed is not False for check in checks)
     if json:

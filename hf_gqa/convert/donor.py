@@ -305,8 +305,14 @@ def _first_value(mapping) -> str:
 
 def _compare_with_own_code(donor: Donor) -> None:
     """Run each model class that the donor ships on a few tokens; refuse unless it computes what the native one does."""
-    named = donor.raw_config["auto_map"]
-    for auto_name in [key for key in named if key.startswith("AutoModel")] or ["AutoModelForCausalLM"]:
+    auto_map = donor.raw_config["auto_map"]
+    shipped = [key for key in auto_map if key.startswith("AutoModel")] if isinstance(auto_map, dict) else []
+    if not shipped:
+        raise Refusal(
+            f"{donor.folder}: 'auto_map' names no model class of the donor's own ({_first_value(auto_map)}), so there is "
+            f"nothing to compare with. Use --weights-only to convert its tensors as native '{donor.family.model_type}'."
+        )
+    for auto_name in shipped:
         try:
             difference = _relative_difference(donor, getattr(transformers, auto_name))
         except Exception as error:  # it is anybody's code

@@ -131,7 +131,7 @@ def _write_config(donor: Donor, target: Target, staging: Path) -> None:
 def _carry_files(folder: Path, staging: Path) -> None:
     for pattern in CARRIED_FILES:
         for source in sorted(folder.glob(pattern)):
-            if source.is_file():
+            if source.is_file() and source.suffix != ".py":
                 destination = staging / source.relative_to(folder)
                 destination.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, destination)

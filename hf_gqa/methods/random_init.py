@@ -19,7 +19,7 @@ class RandomInit:
     kind: str = "reduce"
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
-        generator = torch.Generator().manual_seed(layer.seed * 1_000_003 + layer.layer_idx)
+        generator = torch.Generator().manual_seed((layer.seed * 1_000_003 + layer.layer_idx) % 2**63)
 
         def draw(like_KDE: torch.Tensor) -> torch.Tensor:
             shape = (layer.num_key_value_heads, *like_KDE.shape[1:])
