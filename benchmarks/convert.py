@@ -8,6 +8,7 @@ Memory is the peak of anonymous memory (RssAnon), sampled every 2 ms, so that ma
 import argparse
 import json
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -144,9 +145,10 @@ def main() -> None:
         donor_bytes, parameters = write_donor(donor, arguments.size)
         largest = max(path.stat().st_size for path in donor.iterdir())
         runs = {name: [] for name in WAYS}
+        order = random.Random(0)  # so that no way always follows the same other one
         for _ in range(arguments.rounds + 1):  # the first one warms the page cache
-            for name, code in WAYS.items():
-                runs[name].append(run_way(code, donor, Path(scratch) / "output"))
+            for name in order.sample(list(WAYS), len(WAYS)):
+                runs[name].append(run_way(WAYS[name], donor, Path(scratch) / "output"))
     ways = {
         name: {key: statistics.median(run[key] for run in kept[1:]) for key in kept[0]} | {"runs": kept[1:]}
         for name, kept in runs.items()

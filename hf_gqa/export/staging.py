@@ -81,7 +81,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
             raise
         finally:
             shutil.rmtree(retired, ignore_errors=True)
-    _flush_folder(output.parent)
+    flush(output.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -121,14 +121,14 @@ def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             path.chmod(0o666 & ~mask)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
     folder.chmod(0o777 & ~mask)
-    _flush_folder(folder)
+    flush(folder)
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """A file's bytes, or a folder's entries, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -19,7 +19,7 @@ from ..convert.target import Target, choose_target
 from ..weights.checkpoint import INDEX_FILE
 from .explanation import explain, facts
 from .manifest import Manifest, file_sha256, make_manifest
-from .staging import check_output, staged_folder
+from .staging import check_output, flush, staged_folder
 
 
 def convert_checkpoint(
@@ -60,12 +60,12 @@ def convert_checkpoint(
     check_output(output, overwrite, donor.folder)
     target = choose_target(donor, plan)
     _check_space(output, explain(donor, plan, target).after["weight_bytes"])
-    with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(1) as pool:
+    with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(2) as pool:
         hashes = None
         if donor.revision is None:
             hashes = {file: pool.submit(file_sha256, donor.folder / file) for file in donor.tensors.shards}
         try:
-            _write_weights(donor, plan, target, staging)
+            _write_weights(donor, plan, target, staging, pool)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -88,7 +88,7 @@ def _check_space(output: Path, needed_bytes: int) -> None:
         )
 
 
-def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: Path) -> None:
+def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: Path, pool: ThreadPoolExecutor) -> None:
     total_bytes = total_parameters = 0
     weight_map = {}
     for file, tensors in _converted_shards_with_bar(donor, plan, target):
@@ -98,6 +98,7 @@ def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: 
             raise OSError(
                 errno.EIO, f"writing failed ({error}). Nothing was left behind", str(staging / file)
             ) from None
+        pool.submit(flush, staging / file)  # while the next shard is converted
         total_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         total_parameters += sum(tensor.numel() for tensor in tensors.values())
         weight_map.update(dict.fromkeys(tensors, file))

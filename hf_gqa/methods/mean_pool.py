@@ -19,10 +19,11 @@ class MeanPool:
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
         def mean(tensor_K: torch.Tensor) -> torch.Tensor:
-            wide = tensor_K.to(torch.promote_types(tensor_K.dtype, torch.float32))
-            members = wide.unflatten(0, (layer.num_key_value_heads, -1))
-            first = members[:, 0]  # the mean of what differs from it: exact where the members agree, however many
-            return (first + (members - members[:, :1]).mean(1)).to(tensor_K.dtype)
+            members = tensor_K.unflatten(0, (layer.num_key_value_heads, -1))
+            if tensor_K.dtype.itemsize == 2:
+                return members.mean(1, dtype=torch.float32).to(tensor_K.dtype)
+            first = members[:, :1]  # the mean of what differs from it: exact where the members agree, however many
+            return first[:, 0] + (members - first).mean(1)
 
         return heads.map_key_value(mean)
 
