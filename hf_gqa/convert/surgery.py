@@ -23,6 +23,10 @@ def converted_shards(
     Tensors that a method leaves alone, and those outside attention, are the donor's own memory. A layer spread over
     shards is converted once, at the first of them, and kept until the last has been written.
 
+    A shard is checked for NaN and Inf when the caller asks for the next one: writing pages out that were read through
+    the mapping before took two to five times as long (measured with benchmarks/convert.py), so the check comes second.
+    What was yielded counts only once the iteration has ended.
+
     Args:
         progress: called with the bytes of each donor tensor that has been dealt with.
 
@@ -30,14 +34,17 @@ def converted_shards(
         Refusal: a tensor holds NaN or Inf.
     """
     surgery = _Surgery(donor, plan, target)
-    for file, names in donor.tensors.shards.items():
+    for file, stored in donor.tensors.shards.items():
+        names = [name for name in stored if name not in donor.dropped]
         tensors = {}
         for name in names:
-            if name not in donor.dropped:
-                tensors.update(surgery.student_tensors(name))
-                progress(donor.tensors.size_bytes(name))
+            tensors.update(surgery.student_tensors(name))
         if tensors:  # a shard may hold nothing but what is fused into tensors of another
             yield file, tensors
+        del tensors
+        for name in names:
+            _check_finite(donor, name)
+            progress(donor.tensors.size_bytes(name))
 
 
 def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
@@ -61,13 +68,13 @@ def _head_tensor_pattern(layout: AttentionLayout) -> re.Pattern:
 def _read_layer(donor: Donor, attention: str, names: set[str]) -> AttentionWeights:
     def get(name: str) -> torch.Tensor | None:
         full = f"{attention}.{name}"
-        return _finite(donor, full) if full in names else None
+        return donor.tensors.get(full) if full in names else None
 
     return read_heads(donor.layout, get, donor.num_attention_heads, donor.head_dim)
 
 
-def _finite(donor: Donor, name: str) -> torch.Tensor:
-    """The donor's tensor; NaN and Inf survive summation, so one cheap pass clears all but sums that overflow."""
+def _check_finite(donor: Donor, name: str) -> None:
+    """NaN and Inf survive summation, so one cheap pass clears all but the sums that overflow."""
     tensor = donor.tensors.get(name)
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         bad = (~torch.isfinite(tensor)).sum().item()
@@ -75,7 +82,6 @@ def _finite(donor: Donor, name: str) -> torch.Tensor:
             f"{donor.folder or donor.name}: '{name}' holds {bad} NaN or Inf of {tensor.numel()} values. "
             f"The donor is damaged: download it again, or find the training step that broke it."
         )
-    return tensor
 
 
 class _Surgery:
@@ -91,7 +97,7 @@ class _Surgery:
         """A student tensor stands where the donor has one of its name, else where its layer begins."""
         match = self.head_tensor.fullmatch(name)
         if match is None:
-            return {name: self.target.passed_through(name, _finite(self.donor, name))}
+            return {name: self.target.passed_through(name, self.donor.tensors.get(name))}
         layer_idx = int(match["layer"])
         begins = layer_idx not in self.waiting
         if begins:
