@@ -1,12 +1,13 @@
 """Memory and time of converting a bf16 donor on disk, against copying its files and against load-modify-save.
 
-Run: `python benchmarks/convert.py [--size 1.3b|7b] [--rounds 5] [--folder DIR] [--output FILE]`. Needs disk for the donor twice:
+Run: `python benchmarks/convert.py [--size 1.3b|7b] [--rounds 7] [--folder DIR] [--output FILE]`. Needs disk for the donor twice:
 6 GB for 1.3b, 27 GB for 7b. Every way runs in a process of its own, interleaved, after one round that is not counted; medians.
 Memory is the peak of anonymous memory (RssAnon), sampled every 2 ms, so that mapped files do not count.
 """
 
 import argparse
 import json
+import os
 import platform
 import random
 import shutil
@@ -92,6 +93,7 @@ def write_donor(folder: Path, size: str) -> tuple[int, int]:
 def run_way(code: str, donor: Path, output: Path) -> dict:
     """Run one way in a process of its own."""
     shutil.rmtree(output, ignore_errors=True)
+    os.sync()  # no way pays for what another left unwritten
     process = subprocess.Popen(
         [sys.executable, "-c", code + REPORT, str(donor), str(output)],
         stdout=subprocess.PIPE,
@@ -134,7 +136,7 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1.3b")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to put donor and outputs; a temporary folder by default")
     parser.add_argument("--output", type=Path, help="benchmarks/results/convert_<size>.json by default")
     arguments = parser.parse_args()
