@@ -261,3 +261,15 @@ def test_reconverting_a_gpt2_bundle_in_shards_fuses_it_again(tmp_path):
     )
     assert_index_is_right(tmp_path / "native")
     assert_same_tensors(load(tmp_path / "native").state_dict(), donor.state_dict())
+
+
+def test_a_single_shard_that_an_index_names_keeps_its_index(tmp_path):
+    """Without the index, a file of that name would not be found."""
+    donor, name = tmp_path / "donor", "model-00001-of-00001.safetensors"
+    tiny_donor("llama").save_pretrained(donor)
+    (donor / "model.safetensors").rename(donor / name)
+    weight_map = dict.fromkeys(load_file(donor / name), name)
+    (donor / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    convert_checkpoint(donor, tmp_path / "student", num_key_value_heads=2)
+    assert_index_is_right(tmp_path / "student")
+    assert load(tmp_path / "student").config.num_key_value_heads == 2

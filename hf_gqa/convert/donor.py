@@ -84,7 +84,7 @@ def open_donor(
     Raises:
         Refusal: anything missing, unreadable, contradictory, quantized, pickled, or of an unknown family.
     """
-    folder, commit = _locate(str(name_or_path), revision)
+    folder, commit = _locate(str(name_or_path), revision, with_code=trust_remote_code)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
@@ -135,7 +135,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
     return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state))
 
 
-def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
+def _locate(name_or_path: str, revision: str | None, with_code: bool) -> tuple[Path, str | None]:
     """The folder of a donor, and the commit if it came from the Hub."""
     path = Path(os.path.expanduser(name_or_path))
     if path.is_dir():
@@ -151,7 +151,7 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
             snapshot_download(
                 name_or_path,
                 revision=revision,
-                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, "*.py"],
+                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, *(["*.py"] if with_code else [])],
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
         )

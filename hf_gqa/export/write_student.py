@@ -16,7 +16,7 @@ from ..convert.donor import CARRIED_FILES, Donor, open_donor
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import converted_shards
 from ..convert.target import Target, choose_target
-from ..weights.checkpoint import INDEX_FILE
+from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
 from .manifest import Manifest, file_sha256, make_manifest
 from .staging import check_output, flush, staged_folder
@@ -90,7 +90,7 @@ def _check_space(output: Path, needed_bytes: int) -> None:
 
 def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: Path, pool: ThreadPoolExecutor) -> None:
     total_bytes = total_parameters = 0
-    weight_map = {}
+    weight_map, flushed = {}, []
     for file, tensors in _converted_shards_with_bar(donor, plan, target):
         try:
             save_file(tensors, staging / file, metadata={"format": "pt"})
@@ -98,11 +98,13 @@ def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: 
             raise OSError(
                 errno.EIO, f"writing failed ({error}). Nothing was left behind", str(staging / file)
             ) from None
-        pool.submit(flush, staging / file)  # while the next shard is converted
+        flushed.append(pool.submit(flush, staging / file))  # while the next shard is converted
         total_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         total_parameters += sum(tensor.numel() for tensor in tensors.values())
         weight_map.update(dict.fromkeys(tensors, file))
-    if len(donor.tensors.shards) > 1:
+    for future in flushed:
+        future.result()
+    if set(weight_map.values()) != {SINGLE_FILE}:
         metadata = {"total_parameters": total_parameters, "total_size": total_bytes}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -118,7 +120,7 @@ def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Targe
 
 def _write_config(donor: Donor, target: Target, staging: Path) -> None:
     """A native student of the donor's class keeps the donor's `config.json` but for what the plan changes."""
-    if target.same_class and target.export == "native":
+    if target.same_class:
         raw = {key: value for key, value in donor.raw_config.items() if key not in ("auto_map", "_name_or_path")}
         if target.layout.key_value_heads_field is not None:
             raw[target.layout.key_value_heads_field] = target.rows[0].num_key_value_heads
