@@ -33,7 +33,10 @@ def convert(
     ),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Convert DONOR into a student with fewer (or, with expand, more) KV heads, and write it to OUTPUT."""
+    """Convert DONOR and write the student to OUTPUT.
+
+    The student has fewer KV heads, or more with `expand`. What will be done is explained first.
+    """
     with errors_as_messages(json):
         plan = ConversionPlan(num_key_value_heads=num_key_value_heads, method=method, export=export, seed=seed)
         check_output(output, overwrite, None)

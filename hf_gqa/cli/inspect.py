@@ -19,7 +19,10 @@ def inspect(
     ),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Show heads, cache, legal targets and how each would be exported; nothing is written."""
+    """Show what DONOR is and can become.
+
+    Heads, cache, legal numbers of KV heads and how each would be exported. Nothing is written.
+    """
     with errors_as_messages(json):
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         found = inspect_donor(opened)

@@ -25,7 +25,10 @@ def verify(
     ),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Load OUTPUT where hf_gqa cannot be imported; compare it with its manifest and, given the donor, with its logits."""
+    """Check the student in OUTPUT in a fresh process.
+
+    It is loaded where hf_gqa cannot be imported, and compared with its manifest and, given the donor, with its logits.
+    """
     with errors_as_messages(json):
         opened = None
         if donor:
