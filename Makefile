@@ -41,7 +41,7 @@ test-oldest: wheel
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 		"transformers==$(OLDEST_TRANSFORMERS)" pytest pytest-xdist hypothesis dist/*.whl
 	mkdir -p $(OLDEST_VENV)/run && rm -rf $(OLDEST_VENV)/run/tests && cp -r tests $(OLDEST_VENV)/run/
-	cd $(OLDEST_VENV)/run && ../bin/python -m pytest -q -n 2 -p no:cacheprovider -m "not slow" \
+	cd $(OLDEST_VENV)/run && ../bin/python -m pytest -q -n 2 -W default -p no:cacheprovider -m "not slow" \
 		tests/test_conformance*.py tests/test_bundle.py tests/test_runtime.py tests/test_verify.py
 
 clean:
