@@ -7,7 +7,7 @@ import transformers.utils.hub
 from huggingface_hub import HfApi, ModelCard
 
 from hf_gqa import convert, convert_checkpoint
-from hf_gqa.export.verify import runtime_files
+from hf_gqa.convert.bundle_code import runtime_files
 
 from .tiny_donors import tiny_donor
 

@@ -30,9 +30,7 @@ def inspect(
         print_json(found)
         return
     out = console()
-    out.print(
-        f"[bold]{found['donor']}[/bold]: {found['model_class']} ({found['model_type']}), position: {found['position']}"
-    )
+    out.print(f"{found['donor']}: {found['model_class']} ({found['model_type']}), position: {found['position']}")
     out.print(f"  query heads    {found['num_attention_heads']} x {found['head_dim']}")
     out.print(f"  KV heads       {heads_in_words(found['num_key_value_heads'])}")
     out.print(
@@ -51,3 +49,5 @@ def inspect(
             target["reason"],
         )
     out.print(table)
+    for target in found["impossible"]:
+        out.print(f"not {target['num_key_value_heads']}: {target['reason']}")

@@ -16,8 +16,8 @@ CHECK_FAILED, REFUSED, SYSTEM_FAILED = 1, 2, 3
 
 
 def console() -> Console:
-    """On a pipe or in a file, lines are not folded to a guessed width."""
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    """On a pipe or in a file, lines are not folded to a guessed width; brackets in names are no markup."""
+    return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager

@@ -40,8 +40,9 @@ def verify(
     if json:
         print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
     else:
-        marks = {True: "[green]ok[/green]    ", False: "[red]FAILED[/red]", None: "not run"}
+        marks = {True: "ok    ", False: "FAILED", None: "not run"}
         for check in checks:
-            console().print(f"{marks[check.passed]} {check.name}: {check.detail}")
+            style = "red" if check.passed is False else None
+            console().print(f"{marks[check.passed]} {check.name}: {check.detail}", style=style)
     if not passed:
         raise typer.Exit(CHECK_FAILED)

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
+from .bundle_code import foreign_code
 from .families import Family, family_of
 
 
@@ -84,7 +85,7 @@ def open_donor(
     Raises:
         Refusal: anything missing, unreadable, contradictory, quantized, pickled, or of an unknown family.
     """
-    folder, commit = _locate(str(name_or_path), revision, with_code=trust_remote_code)
+    folder, commit = _locate(str(name_or_path), revision)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
     family = family_of(raw.get("model_type"), str(folder / "config.json"))
@@ -94,6 +95,13 @@ def open_donor(
             f"may compute something else than the native '{family.model_type}'. Use --weights-only to convert its "
             f"tensors as native without running that code, or --trust-remote-code to run it once and compare first."
         )
+    if raw["model_type"] != family.model_type and not weights_only:
+        different = foreign_code(folder, raw)
+        if different:
+            raise Refusal(
+                f"{folder}: its code is not that of this hf_gqa (differs: {', '.join(different)}), so it may compute "
+                f"something else. Use --weights-only to convert its tensors as this hf_gqa understands them."
+            )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
     model_class = _model_class(raw, config, family, folder / "config.json")
     donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder))
@@ -103,7 +111,7 @@ def open_donor(
 
 
 def ships_code(raw_config: dict, family: Family) -> bool:
-    """Whether a donor brings code of its own; our bundles bring ours, which is installed."""
+    """Whether a native `model_type` comes with code of its own; that of our bundles is compared with ours."""
     return "auto_map" in raw_config and raw_config["model_type"] == family.model_type
 
 
@@ -135,9 +143,11 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
     return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state))
 
 
-def _locate(name_or_path: str, revision: str | None, with_code: bool) -> tuple[Path, str | None]:
+def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder of a donor, and the commit if it came from the Hub."""
     path = Path(os.path.expanduser(name_or_path))
+    if path.is_dir() and revision is not None:
+        raise Refusal(f"{path}: is a folder, which has no revision '{revision}'. Leave --revision out.")
     if path.is_dir():
         if not any(path.iterdir()):
             raise Refusal(f"{path}: the folder is empty. Give a folder with config.json and safetensors weights.")
@@ -151,7 +161,7 @@ def _locate(name_or_path: str, revision: str | None, with_code: bool) -> tuple[P
             snapshot_download(
                 name_or_path,
                 revision=revision,
-                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, *(["*.py"] if with_code else [])],
+                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, "*.py"],
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
         )
@@ -229,7 +239,7 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    dropped = _check_tensors(where, model, f"{layout.base_model_prefix}.", tensors)
+    dropped = _check_tensors(where, model, f"{model_class.base_model_prefix}.", tensors)
     return Donor(
         name=name,
         folder=folder,

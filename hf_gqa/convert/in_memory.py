@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .donor import donor_from_model
-from .plan import ConversionPlan
+from .plan import ConversionPlan, make_plan
 from .surgery import converted_shards
 from .target import choose_target
 
@@ -27,7 +27,7 @@ def convert(model: PreTrainedModel, plan: ConversionPlan | None = None, **plan_f
     Raises:
         Refusal: the plan does not fit the donor, or the donor is not one that can be converted.
     """
-    plan = plan or ConversionPlan(**plan_fields)
+    plan = make_plan(plan, plan_fields)
     donor = donor_from_model(model)
     target = choose_target(donor, plan)
     state = {}

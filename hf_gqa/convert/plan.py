@@ -81,6 +81,15 @@ class ConversionPlan:
         return cls(**values)
 
 
+def make_plan(plan: ConversionPlan | None, plan_fields: dict) -> ConversionPlan:
+    """The plan that a caller gave whole or by its fields."""
+    if plan is None:
+        return ConversionPlan.from_dict(plan_fields)
+    if plan_fields:
+        raise Refusal(f"plan: got a plan and also {', '.join(sorted(plan_fields))}. Give either, not both.")
+    return plan
+
+
 def legal_targets(num_attention_heads: int, num_key_value_heads: int) -> tuple[list[int], list[int]]:
     """KV head counts that a donor can be reduced to, and those it can be expanded to."""
     fewer = [n for n in range(1, num_key_value_heads + 1) if num_key_value_heads % n == 0]

@@ -7,7 +7,6 @@ import torch
 
 from ..methods import METHODS, MethodContext, method_kind
 from ..refusal import Refusal
-from ..runtime.attention_layout import AttentionLayout
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import head_tensor_names, read_heads, write_heads
 from .donor import Donor
@@ -45,24 +44,25 @@ def converted_shards(
         for name in names:
             _check_finite(donor, name)
             progress(donor.tensors.size_bytes(name))
+    missed = set(range(len(target.rows))) - surgery.waiting.keys()
+    assert not missed and not any(surgery.waiting.values()), f"layers {missed} passed through unconverted"
 
 
 def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
     """Yield each layer's index and its heads as the donor has them."""
     names = {name for shard in donor.tensors.shards.values() for name in shard}
-    pattern = _head_tensor_pattern(donor.layout)
+    pattern = _head_tensor_pattern(donor)
     attention = {int(match["layer"]): match["attention"] for match in map(pattern.fullmatch, names) if match}
     for layer_idx, path in sorted(attention.items()):
         yield layer_idx, _read_layer(donor, path, names)
 
 
-def _head_tensor_pattern(layout: AttentionLayout) -> re.Pattern:
+def _head_tensor_pattern(donor: Donor) -> re.Pattern:
     """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
-    before, _, after = (re.escape(part) for part in layout.attention.partition("{layer_idx}"))
-    heads = "|".join(re.escape(name) for name in head_tensor_names(layout))
-    return re.compile(
-        rf"(?P<attention>(?:{re.escape(layout.base_model_prefix)}\.)?{before}(?P<layer>\d+){after})\.(?:{heads})"
-    )
+    before, _, after = (re.escape(part) for part in donor.layout.attention.partition("{layer_idx}"))
+    heads = "|".join(re.escape(name) for name in head_tensor_names(donor.layout))
+    prefix = re.escape(donor.model_class.base_model_prefix)
+    return re.compile(rf"(?P<attention>(?:{prefix}\.)?{before}(?P<layer>\d+){after})\.(?:{heads})")
 
 
 def _read_layer(donor: Donor, attention: str, names: set[str]) -> AttentionWeights:
@@ -90,7 +90,7 @@ class _Surgery:
     def __init__(self, donor: Donor, plan: ConversionPlan, target: Target):
         self.donor, self.plan, self.target = donor, plan, target
         self.names = {name for names in donor.tensors.shards.values() for name in names}
-        self.head_tensor = _head_tensor_pattern(donor.layout)
+        self.head_tensor = _head_tensor_pattern(donor)
         self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
 
     def student_tensors(self, name: str) -> dict[str, torch.Tensor]:

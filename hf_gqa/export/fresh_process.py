@@ -30,7 +30,7 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
     tokens, mask = probe(model.config.vocab_size)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        output = model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        output = body(model)(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
     generated = None
@@ -51,6 +51,11 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
         "finite": bool(torch.isfinite(first).all()),
         "generated_tokens": generated,
     }
+
+
+def body(model):
+    """What is compared: the whole of a language model, the model below any other head."""
+    return model if model.can_generate() else model.base_model
 
 
 def probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

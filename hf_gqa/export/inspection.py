@@ -3,6 +3,7 @@
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
+from ..refusal import Refusal
 from .explanation import explain, facts
 
 
@@ -10,11 +11,15 @@ def inspect_donor(donor: Donor) -> dict:
     """The donor's numbers, and for each legal head count what the student would be and why."""
     before = facts(donor)
     fewer, more = legal_targets(donor.num_attention_heads, min(donor.num_key_value_heads))
-    targets = []
+    targets, impossible = [], []
     for heads in reversed([*fewer, *more]):
         kind = "keep" if {heads} == set(donor.num_key_value_heads) else "expand" if heads in more else "reduce"
         plan = ConversionPlan(num_key_value_heads=heads, method=("expand",) if kind == "expand" else ("mean_pool",))
-        explained = explain(donor, plan, choose_target(donor, plan))
+        try:
+            explained = explain(donor, plan, choose_target(donor, plan))
+        except Refusal as refusal:
+            impossible.append({"num_key_value_heads": heads, "kind": kind, "reason": str(refusal)})
+            continue
         after = explained.after
         targets.append(
             {
@@ -31,4 +36,5 @@ def inspect_donor(donor: Donor) -> dict:
             }
         )
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
-    return {"donor": donor.name, "model_class": model_class, "position": position, **before, "targets": targets}
+    numbers = {**before, "targets": targets, "impossible": impossible}
+    return {"donor": donor.name, "model_class": model_class, "position": position, **numbers}

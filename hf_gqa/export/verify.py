@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import runtime
+from ..convert.bundle_code import foreign_code
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
@@ -23,7 +22,6 @@ from . import fresh_process
 from .manifest import Manifest, file_sha256
 
 
-RUNTIME_FOLDER = Path(runtime.__file__).parent
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 
@@ -80,40 +78,18 @@ def verify(
     return checks
 
 
-def runtime_files(model_type: str) -> list[Path]:
-    """The files a bundle of this family holds: its own and what that imports."""
-    module = RUNTIME_FOLDER / f"modeling_{model_type}.py"
-    return [module, *sorted({Path(path) for path in get_relative_import_files(module)})]
-
-
 def _check_code(folder: Path, trust_remote_code: bool) -> Check:
     name = "code is this hf_gqa's, byte for byte"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
+        different = foreign_code(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         return Check(name=name, passed=False, detail=f"config.json cannot be read ({error})")
-    expected = {path.name: path for path in runtime_files(model_type)} if _is_ours(model_type) else {}
-    shipped = {path.name: path for path in folder.glob("*.py")}
-    different = sorted(
-        file
-        for file in expected.keys() | shipped.keys()
-        if file not in expected or file not in shipped or expected[file].read_bytes() != shipped[file].read_bytes()
-    )
-    auto_map = config.get("auto_map")
-    for where in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
-        if f"{str(where).partition('.')[0]}.py" not in expected:
-            different.append(f"auto_map names {where}")
     if not different:
-        return Check(name=name, passed=True, detail=f"{len(expected)} files")
+        return Check(name=name, passed=True, detail="every file that would be executed")
     detail = f"differs: {', '.join(different)}"
     if trust_remote_code:
         return Check(name=name, passed=True, detail=f"{detail}; run all the same, as asked")
     return Check(name=name, passed=False, detail=f"{detail}. Not run; read it, then use --trust-remote-code")
-
-
-def _is_ours(model_type: str | None) -> bool:
-    return isinstance(model_type, str) and (RUNTIME_FOLDER / f"modeling_{model_type}.py").is_file()
 
 
 def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_file: Path, scratch: Path):
@@ -129,6 +105,7 @@ def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_
         [sys.executable, "-I", fresh_process.__file__, json.dumps(arguments)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
         cwd=scratch,
+        stdin=subprocess.DEVNULL,  # no question can be answered on the user's behalf
         capture_output=True,
         text=True,
     )
@@ -199,7 +176,7 @@ def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: 
 def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[int], dtype: str) -> torch.Tensor:
     """Logits of the donor, in its own class, whose KV heads are overwritten by what each group becomes."""
     model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=getattr(torch, dtype)).eval()
-    base = getattr(model, donor.layout.base_model_prefix, model)
+    base = model.base_model
     for layer_idx, heads in layer_heads(donor):
         if rows[layer_idx] < heads.num_key_value_heads:
             written = write_heads(donor.layout, _merged_in_place(heads, rows[layer_idx], plan.head_count_method))
@@ -207,7 +184,7 @@ def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[int], dtype: s
             for name, tensor in written.items():
                 attention.get_parameter(name).copy_(tensor)
     tokens, mask = fresh_process.probe(donor.config.vocab_size)
-    output = model(tokens, attention_mask=mask, use_cache=False)
+    output = fresh_process.body(model)(tokens, attention_mask=mask, use_cache=False)
     return (output.logits if "logits" in output else output.last_hidden_state).float()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..convert.donor import CARRIED_FILES, Donor, open_donor
-from ..convert.plan import ConversionPlan
+from ..convert.plan import ConversionPlan, make_plan
 from ..convert.surgery import converted_shards
 from ..convert.target import Target, choose_target
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
@@ -52,7 +52,7 @@ def convert_checkpoint(
         Refusal: bad input; nothing is written.
         OSError: the disk failed or is full; nothing is left behind.
     """
-    plan = plan or ConversionPlan(**plan_fields)
+    plan = make_plan(plan, plan_fields)
     output = Path(output).expanduser()
     if not isinstance(donor, Donor):
         check_output(output, overwrite, None)
@@ -134,7 +134,7 @@ def _write_config(donor: Donor, target: Target, staging: Path) -> None:
 def _carry_files(folder: Path, staging: Path) -> None:
     for pattern in CARRIED_FILES:
         for source in sorted(folder.glob(pattern)):
-            if source.is_file() and source.suffix != ".py":
+            if source.is_file() and source.suffix not in (".py", ".safetensors"):
                 destination = staging / source.relative_to(folder)
                 destination.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, destination)

@@ -26,11 +26,6 @@ DONOR_LAYOUT = AttentionLayout(
 @strict
 class GQAGPT2Config(PlannedConfig, GPT2Config):
     model_type = "gqa_gpt2"
-    base_model_tp_plan = {
-        "h.*.attn.q_proj": "colwise",
-        "h.*.attn.k_proj": "colwise",
-        "h.*.attn.v_proj": "colwise",
-    }
     num_key_value_heads: int | None = None
     layer_plan: Rows = None
 

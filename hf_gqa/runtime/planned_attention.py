@@ -15,10 +15,14 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     """Attention in the open: the slow reference, and the path that can return its weights `[B, H, Q, S]`."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if getattr(module, "reorder_and_upcast_attn", False):  # a flag of GPT-2: scores in float32, whatever autocast says
+        with torch.autocast(query.device.type, enabled=False):
+            weights = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
+    else:
+        weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

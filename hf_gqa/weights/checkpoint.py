@@ -96,6 +96,8 @@ class Checkpoint:
         for file in files:
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise Refusal(f"{index}: shard {file!r} is not a file name inside the folder. Refusing to follow it.")
+            if not file.endswith(".safetensors"):
+                raise Refusal(f"{index}: shard '{file}' is no safetensors file. Download the donor again.")
             if not (self.folder / file).is_file():
                 raise Refusal(f"{index}: shard '{file}' is missing. Download the donor again.")
         return {file: [name for name, where in weight_map.items() if where == file] for file in files}

@@ -10,11 +10,10 @@ from ...runtime.layer_plan import LayerPlan
 from . import Relative
 
 
-SHARED_FIELDS = (
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "resid_pdrop",
-    "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range", "scale_attn_weights", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype",
-)  # fmt: skip
+NOT_SHARED = {
+    "model_type", "architectures", "transformers_version", "auto_map", "layer_plan", "num_key_value_heads",
+    "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+}  # fmt: skip
 
 
 def obstacle(config: PretrainedConfig, rows: tuple[LayerPlan, ...]) -> str | None:
@@ -27,8 +26,8 @@ def obstacle(config: PretrainedConfig, rows: tuple[LayerPlan, ...]) -> str | Non
 
 
 def to_gpt_bigcode(config: PretrainedConfig) -> GPTBigCodeConfig:
-    labels = {"id2label": config.id2label, "label2id": config.label2id}
-    return GPTBigCodeConfig(multi_query=True, **labels, **{field: getattr(config, field) for field in SHARED_FIELDS})
+    shared = {field: value for field, value in config.to_dict().items() if field not in NOT_SHARED}
+    return GPTBigCodeConfig(multi_query=True, **shared)
 
 
 RELATIVE = Relative(
