@@ -19,7 +19,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def empty_folder(tmp_path_factory):
     """An empty folder that sees the examples as the checkout does."""
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "examples").symlink_to(EXAMPLES)
@@ -33,21 +33,21 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def test_demo(workplace):
-    printed = run([sys.executable, "examples/demo.py"], workplace)
+def test_demo(empty_folder):
+    printed = run([sys.executable, "examples/demo.py"], empty_folder)
     assert "12,288 B" in printed and "1,536 B" in printed
     assert "wrecks the untrained student" in printed
 
 
-def test_convert_in_memory(workplace):
-    assert "the same logits: True" in run([sys.executable, "examples/convert_in_memory.py"], workplace)
+def test_convert_in_memory(empty_folder):
+    assert "the same logits: True" in run([sys.executable, "examples/convert_in_memory.py"], empty_folder)
 
 
-def test_convert_on_disk_then_push(workplace):
-    printed = run([sys.executable, "examples/convert_on_disk.py"], workplace)
+def test_convert_on_disk_then_push(empty_folder):
+    printed = run([sys.executable, "examples/convert_on_disk.py"], empty_folder)
     assert "equals the donor's merged heads" in printed and "FAILED" not in printed
-    printed = run([sys.executable, "examples/push.py"], workplace)
-    assert "conversion_manifest.json" in printed and (workplace / "pushed/prose-gqa-2/model.safetensors").is_file()
+    printed = run([sys.executable, "examples/push.py"], empty_folder)
+    assert "conversion_manifest.json" in printed and (empty_folder / "pushed/prose-gqa-2/model.safetensors").is_file()
 
 
 def test_examples_are_short():
