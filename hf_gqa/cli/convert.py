@@ -12,6 +12,7 @@ from ..export.explanation import Explanation, explain
 from ..export.staging import check_output
 from ..export.write_student import convert_checkpoint
 from ..methods import METHODS
+from .options import Json, Revision, TrustRemoteCode, WeightsOnly
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, human_bytes, human_count, print_json
 
 
@@ -22,16 +23,12 @@ def convert(
     method: str = typer.Option("mean_pool", help=f"Conversion methods, comma-separated: {', '.join(METHODS.names())}."),
     export: str = typer.Option("auto", help=f"How to export: {', '.join(EXPORTS)}."),
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
-    revision: str = typer.Option(None, help="Branch, tag or commit on the Hub."),
+    revision: Revision = None,
     dry_run: bool = typer.Option(False, "--dry-run", help="Explain the plan and write nothing."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUTPUT if it holds a model."),
-    weights_only: bool = typer.Option(
-        False, "--weights-only", help="Read a donor that ships code as its native class."
-    ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="The same, after running the donor's code once to compare."
-    ),
-    json: bool = typer.Option(False, "--json", help="Print JSON."),
+    weights_only: WeightsOnly = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
 ) -> None:
     """Convert DONOR and write the student to OUTPUT.
 

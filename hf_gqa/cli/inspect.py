@@ -5,19 +5,16 @@ from rich.table import Table
 
 from ..convert.donor import open_donor
 from ..export.inspection import inspect_donor
+from .options import Json, Revision, TrustRemoteCode, WeightsOnly
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, human_bytes, human_count, print_json
 
 
 def inspect(
     donor: str = typer.Argument(..., help="Folder or Hub repository of the donor."),
-    revision: str = typer.Option(None, help="Branch, tag or commit on the Hub."),
-    weights_only: bool = typer.Option(
-        False, "--weights-only", help="Read a donor that ships code as its native class."
-    ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="The same, after running the donor's code once to compare."
-    ),
-    json: bool = typer.Option(False, "--json", help="Print JSON."),
+    revision: Revision = None,
+    weights_only: WeightsOnly = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
 ) -> None:
     """Show what DONOR is and can become.
 

@@ -7,23 +7,22 @@ import typer
 from ..convert.donor import open_donor
 from ..export.verify import TOLERANCE
 from ..export.verify import verify as run_checks
+from .options import Json, Revision, WeightsOnly
 from .printing import CHECK_FAILED, console, errors_as_messages, print_json
 
 
 def verify(
     output: Path = typer.Argument(..., help="Folder of the student."),
     donor: str = typer.Option(None, help="Folder or Hub repository of its donor, to compare logits with."),
-    revision: str = typer.Option(None, help="Branch, tag or commit of the donor on the Hub."),
-    weights_only: bool = typer.Option(
-        False, "--weights-only", help="Read a donor that ships code as its native class."
-    ),
+    revision: Revision = None,
+    weights_only: WeightsOnly = False,
     dtype: str = typer.Option("float32", help=f"To compute in: {', '.join(TOLERANCE)}."),
     trust_remote_code: bool = typer.Option(
         False,
         "--trust-remote-code",
         help="Run a bundle's code even if it is not this hf_gqa's, and a donor's to compare.",
     ),
-    json: bool = typer.Option(False, "--json", help="Print JSON."),
+    json: Json = False,
 ) -> None:
     """Check the student in OUTPUT in a fresh process.
 
