@@ -1,5 +1,5 @@
 # The two commands a newcomer needs: `make demo` and `make test`. Both make the environment they need.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 # The oldest release that pyproject.toml claims.
