@@ -235,3 +235,11 @@ def test_loads_without_trust_where_hf_gqa_is_imported(model_type, source, studen
     assert type(base) is type(student.base_model)
     assert_same_tensors(head.state_dict(), student.state_dict())
     assert_same_tensors(base.state_dict(), student.base_model.state_dict())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_first_file_names_every_other(model_type):
+    """transformers before 5.10 fetches only the files that the first one imports directly."""
+    first = RUNTIME_FOLDER / f"modeling_gqa_{model_type}.py"
+    named = set(re.findall(r"^from \.(\w+) import", first.read_text(), re.MULTILINE))
+    assert shipped_names(model_type) == {first.name, *(f"{name}.py" for name in named)}
