@@ -103,7 +103,7 @@ def test_heads_of_a_donor_project_as_its_modules_do(model_type):
     donor = tiny_donor(model_type)
     family, config = load_family(model_type), donor.config
     layout = family.donor_layout
-    base = getattr(donor, layout.base_model_prefix)
+    base = donor.base_model
     attention = base.get_submodule(layout.attention.format(layer_idx=1))
     heads = read_heads(layout, attention.state_dict().get, config.num_attention_heads, attention.head_dim)
     hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0))

@@ -205,14 +205,12 @@ def _parse_config(raw: dict, path: Path) -> PretrainedConfig:
 
 def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path) -> type[PreTrainedModel]:
     """The class that `architectures` names, native or ours; a donor that ships code may name what it likes."""
-    if config.model_type == family.model_type:
-        default, known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], vars(transformers)
-    else:
-        default, own = family.causal_lm_class, (family.base_class, family.causal_lm_class)
-        known = {model_class.__name__: model_class for model_class in own}
+    own = {model_class.__name__: model_class for model_class in (family.base_class, family.causal_lm_class)}
+    is_native = config.model_type == family.model_type
+    default = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_native else family.causal_lm_class
     named = raw.get("architectures") or [default.__name__]
     name = named[0] if isinstance(named, list) and isinstance(named[0], str) else ""
-    found = known.get(name) or getattr(transformers, name, None)
+    found = own.get(name) or getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
         return found
     if ships_code(raw, family):

@@ -9,7 +9,6 @@ class AttentionLayout:
 
     Args:
         model_type: the `model_type` of the configuration whose checkpoints look like this.
-        base_model_prefix: the attribute of a head class that holds the base model (`model`, `transformer`).
         attention: path of a layer's attention below the base model, with `{layer_idx}`.
         query, key, value, output: names of the projections below `attention`.
         fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
@@ -23,7 +22,6 @@ class AttentionLayout:
     """
 
     model_type: str
-    base_model_prefix: str
     attention: str
     query: str = "q_proj"
     key: str = "k_proj"

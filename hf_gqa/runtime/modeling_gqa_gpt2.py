@@ -13,7 +13,6 @@ from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
 DONOR_LAYOUT = AttentionLayout(
     model_type="gpt2",
-    base_model_prefix="transformer",
     attention="h.{layer_idx}.attn",
     fused="c_attn",
     output="c_proj",

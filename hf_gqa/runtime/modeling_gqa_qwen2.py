@@ -13,7 +13,6 @@ from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
 DONOR_LAYOUT = AttentionLayout(
     model_type="qwen2",
-    base_model_prefix="model",
     attention="layers.{layer_idx}.self_attn",
     rotary="halves",
     position="RoPE, sliding window in some layers",

@@ -13,7 +13,6 @@ from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
 DONOR_LAYOUT = AttentionLayout(
     model_type="qwen3",
-    base_model_prefix="model",
     attention="layers.{layer_idx}.self_attn",
     query_norm="q_norm",
     key_norm="k_norm",

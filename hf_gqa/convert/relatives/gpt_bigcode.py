@@ -34,7 +34,6 @@ RELATIVE = Relative(
     of="gpt2",
     layout=AttentionLayout(
         model_type="gpt_bigcode",
-        base_model_prefix="transformer",
         attention="h.{layer_idx}.attn",
         fused="c_attn",
         output="c_proj",
