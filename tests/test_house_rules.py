@@ -23,7 +23,7 @@ FLOORS = {
     **{"runtime": 0, "weights": 1, "methods": 2, "sharing": 2, "convert": 3},
     **{"evaluate": 4, "uptrain": 4, "export": 5, "cli": 6},
 }
-FOR_ALL_BUT_RUNTIME = {"refusal", "registry"}
+FOR_ALL_BUT_RUNTIME = {"refusal", "registry", "staging"}
 PLUGINS = re.compile(r"hf_gqa\.(methods|sharing|convert\.relatives|runtime\.modeling_gqa_\w+)(\.\w+)?")
 PLUGIN_PACKAGES = {"hf_gqa.methods", "hf_gqa.sharing", "hf_gqa.convert.relatives"}
 TRAINING_LIBRARIES = {"peft", "accelerate", "datasets"}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import hf_gqa
 from hf_gqa import Refusal, convert_checkpoint
 from hf_gqa.export import write_student
-from hf_gqa.export.staging import staged_folder
+from hf_gqa.staging import staged_folder
 
 from .test_bad_input import assert_one_message, files_of, run_cli, write_sharded_donor
 

@@ -1,6 +1,5 @@
 """The record of a conversion that travels with the student, and that `verify` reads."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -105,8 +104,3 @@ def make_manifest(
             "transformers": transformers.__version__,
         },
     )
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

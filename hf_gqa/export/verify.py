@@ -16,10 +16,11 @@ from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
 from ..refusal import Refusal
+from ..staging import file_sha256
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import write_heads
 from . import fresh_process
-from .manifest import Manifest, file_sha256
+from .manifest import Manifest
 
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}

@@ -16,10 +16,10 @@ from ..convert.donor import CARRIED_FILES, Donor, open_donor
 from ..convert.plan import ConversionPlan, make_plan
 from ..convert.surgery import converted_shards
 from ..convert.target import Target, choose_target
+from ..staging import check_output, file_sha256, flush, staged_folder
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
-from .manifest import Manifest, file_sha256, make_manifest
-from .staging import check_output, flush, staged_folder
+from .manifest import Manifest, make_manifest
 
 
 def convert_checkpoint(

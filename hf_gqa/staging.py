@@ -1,6 +1,7 @@
 """Write a folder beside its final place and rename it when it is complete."""
 
 import ctypes
+import hashlib
 import os
 import shutil
 import tempfile
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..refusal import Refusal
+from .refusal import Refusal
 
 
 try:
@@ -133,3 +134,8 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Floor 4: continued training that gives a converted student its quality back."""
