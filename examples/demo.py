@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_gqa import convert_checkpoint
-from hf_gqa.evaluate.cache_bytes import cache_bytes_per_token_computed, cache_bytes_per_token_measured
+from hf_gqa.convert.cache_bytes import cache_bytes_per_token_computed, cache_bytes_per_token_measured
 
 
 DONOR = Path(__file__).parent / "donor"

@@ -15,7 +15,7 @@ from typer.main import get_command
 import hf_gqa
 from hf_gqa.cli import app
 from hf_gqa.cli.printing import cache_in_words, heads_in_words, human_bytes, human_count
-from hf_gqa.evaluate.cache_bytes import cache_bytes_per_token_measured
+from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 
 from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
 from .tiny_donors import MODEL_TYPES, NUM_LAYERS, tiny_donor

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gqa import convert_checkpoint, open_donor, verify
-from hf_gqa.evaluate.cache_bytes import cache_bytes_per_token_measured
+from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -7,6 +7,8 @@ import typer
 
 from .convert import convert
 from .inspect import inspect
+from .teacher_logits import teacher_logits
+from .uptrain import uptrain
 from .verify import verify
 
 
@@ -23,6 +25,11 @@ app = typer.Typer(
 for command, example in (
     (inspect, "hf-gqa inspect ./my-donor"),
     (convert, "hf-gqa convert ./my-donor ./my-student --num-key-value-heads 2 --method mean_pool"),
+    (
+        uptrain,
+        "hf-gqa uptrain ./my-student ./my-uptrained --teacher ./my-donor --train-file corpus.txt --budget-tokens 1000000",
+    ),
+    (teacher_logits, "hf-gqa teacher-logits ./my-student ./my-logits --config recipe.yaml --top-k 64"),
     (verify, "hf-gqa verify ./my-student --donor ./my-donor"),
 ):
     app.command(epilog=f"Example: {example}")(command)

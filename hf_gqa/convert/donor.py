@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def open_donor(
     if ships_code(raw, family) and trust_remote_code:
         _compare_with_own_code(donor)
     return donor
+
+
+def carry_files(folder: Path, destination: Path) -> None:
+    """Copy what goes with a donor's weights into its student: tokenizer, generation settings, licence."""
+    for pattern in CARRIED_FILES:
+        for source in sorted(folder.glob(pattern)):
+            if source.is_file() and source.suffix not in (".py", ".safetensors"):
+                copy = destination / source.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, copy)
 
 
 def ships_code(raw_config: dict, family: Family) -> bool:

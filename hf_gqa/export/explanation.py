@@ -3,10 +3,10 @@
 import math
 from dataclasses import asdict, dataclass
 
+from ..convert.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
 from ..convert.target import Target
-from ..evaluate.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
 from ..methods import method_kind
 
 

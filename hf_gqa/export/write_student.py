@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..convert.donor import CARRIED_FILES, Donor, open_donor
+from ..convert.donor import Donor, carry_files, open_donor
+from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
 from ..convert.surgery import converted_shards
 from ..convert.target import Target, choose_target
 from ..staging import check_output, file_sha256, flush, staged_folder
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
-from .manifest import Manifest, make_manifest
 
 
 def convert_checkpoint(
@@ -70,7 +70,7 @@ def convert_checkpoint(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         _write_config(donor, target, staging)
-        _carry_files(donor.folder, staging)
+        carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}
         manifest = make_manifest(donor, plan, target, found)
         manifest.write(staging)
@@ -129,12 +129,3 @@ def _write_config(donor: Donor, target: Target, staging: Path) -> None:
     else:
         target.config.architectures = [target.model_class.__name__]
         target.config.save_pretrained(staging)
-
-
-def _carry_files(folder: Path, staging: Path) -> None:
-    for pattern in CARRIED_FILES:
-        for source in sorted(folder.glob(pattern)):
-            if source.is_file() and source.suffix not in (".py", ".safetensors"):
-                destination = staging / source.relative_to(folder)
-                destination.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, destination)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..convert.donor import Donor
-from ..convert.plan import ConversionPlan
-from ..convert.target import Target
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
+from ..staging import file_sha256
+from .donor import Donor
+from .plan import ConversionPlan
+from .target import Target
 
 
 MANIFEST_FILE = "conversion_manifest.json"
@@ -33,6 +34,7 @@ class Manifest:
         donor: name, model_type, model_class, num_attention_heads, num_key_value_heads, and what identifies the weights:
             `revision` (a commit on the Hub) or `weights_sha256` (file name -> hash), the other being None.
         versions: of the libraries that wrote the student.
+        uptraining: how the student was trained after its conversion; None if it was not.
     """
 
     format: int
@@ -43,6 +45,7 @@ class Manifest:
     model_class: str
     donor: dict
     versions: dict
+    uptraining: dict | None = None
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -74,6 +77,8 @@ class Manifest:
             LayerPlan.from_dict(row)
         if self.export not in ("native", "bundle") or not isinstance(self.model_class, str):
             raise ValueError(f"export = {self.export!r}, model_class = {self.model_class!r}")
+        if not isinstance(self.uptraining, dict | None):
+            raise ValueError(f"uptraining = {self.uptraining!r}")
         if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
             raise ValueError(f"donor = {self.donor!r}")
 
@@ -104,3 +109,10 @@ def make_manifest(
             "transformers": transformers.__version__,
         },
     )
+
+
+def donor_identity(donor: Donor) -> dict:
+    """What tells this donor's weights from any others: its commit on the Hub, or the SHA-256 of its files."""
+    if donor.revision is not None:
+        return {"name": donor.name, "revision": donor.revision}
+    return {"weights_sha256": {file: file_sha256(donor.folder / file) for file in donor.tensors.shards}}

@@ -36,3 +36,12 @@ def cache_bytes_per_token_measured(model: PreTrainedModel, num_tokens: int = 8) 
     model(tokens, past_key_values=cache, use_cache=True)
     stored = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in stored) / num_tokens
+
+
+def key_value_heads(config: PretrainedConfig) -> list[int] | None:
+    """KV heads of each layer as any decoder's configuration says; None where it says nothing about heads."""
+    if getattr(config, "layer_plan", None) is not None:
+        return [row["num_key_value_heads"] for row in config.layer_plan]
+    default = 1 if getattr(config, "multi_query", False) else getattr(config, "num_attention_heads", None)
+    heads = getattr(config, "num_key_value_heads", None) or default
+    return None if heads is None else [heads] * config.num_hidden_layers

@@ -1,0 +1,244 @@
+"""The part of uptraining that any `transformers.Trainer` can have: budget, phases, safety, export."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+from ..convert.cache_bytes import cache_bytes_per_token_computed, key_value_heads
+from ..refusal import Refusal
+from .export_student import export_student
+from .freezing import trained_names
+from .phases import Phase, locate
+
+
+logger = logging.get_logger(__name__)
+EXPORTED = ("last", "best")
+
+
+class NonFiniteGradient(Refusal):
+    """Training diverged; nothing was updated with the values that are not numbers."""
+
+
+class UptrainCallback(TrainerCallback):
+    """Train a converted student for a budget of tokens, in phases, and export it.
+
+    Source: GQA (Ainslie et al. 2023, arXiv 2305.13245): the length of uptraining is a fraction of pre-training.
+
+    It counts through Trainer's own `num_input_tokens_seen`, so a resumed run goes on counting, and every tracker sees it.
+    The run ends after the last optimizer step that fits into the budget. Losses are not its business: a callback never
+    sees one (see `UptrainTrainer`).
+
+    Args:
+        budget_tokens: how many tokens to train on; or
+        budget_fraction: as a fraction of `pretraining_tokens`, the donor's.
+        tokens_per_step: of one optimizer step over all processes. Where it is given, `max_steps` is set from it, so that
+            learning rate schedules end where the budget does.
+        phases: which parameters are trained when; their objectives need `UptrainTrainer`. Default: everything, always.
+        export_dir: folder to write the student into when training ends.
+        export: "last", or "best": the one with the lowest `eval_loss`, written whenever it improves.
+        export_dtype: of the exported weights; None: as trained.
+        source: folder the student was loaded from; None: the model's `name_or_path`.
+        overwrite: whether `export_dir` may exist already.
+        ends_with_data: the data hold exactly the budget, so the run ends where they do, with a step that may be smaller.
+
+    Raises:
+        Refusal: a budget that is no positive number, or without its base; reentrant gradient checkpointing; when the
+            gradients of a step are not finite, before they are used.
+    """
+
+    def __init__(
+        self,
+        *,
+        budget_tokens: int | None = None,
+        budget_fraction: float | None = None,
+        pretraining_tokens: int | None = None,
+        tokens_per_step: int | None = None,
+        phases: Sequence[Phase] = (),
+        export_dir: str | Path | None = None,
+        export: str = "last",
+        export_dtype: torch.dtype | None = None,
+        source: str | Path | None = None,
+        overwrite: bool = False,
+        ends_with_data: bool = False,
+    ):
+        self.budget_tokens = resolve_budget(budget_tokens, budget_fraction, pretraining_tokens)
+        if export not in EXPORTED:
+            raise Refusal(f"export = {export!r} is unknown. Use one of {', '.join(EXPORTED)}.")
+        if tokens_per_step is not None and tokens_per_step > self.budget_tokens:
+            raise Refusal(
+                f"budget_tokens = {self.budget_tokens:,} is less than one step of {tokens_per_step:,} tokens. "
+                f"Raise the budget, or make the batch smaller."
+            )
+        self.tokens_per_step, self.phases = tokens_per_step, tuple(phases)
+        self.export_dir = Path(export_dir).expanduser() if export_dir is not None else None
+        self.export, self.export_dtype, self.source = export, export_dtype, source
+        self.overwrite, self.ends_with_data, self.record = overwrite, ends_with_data, {}
+        if self.export_dir is not None and self.export_dir.exists() and not overwrite:
+            raise Refusal(f"{self.export_dir}: exists. Give another folder, or overwrite=True to replace it.")
+        self._trained: dict[str, frozenset[str]] = {}
+        self._phase = self._best_loss = None
+        self._tokens_before_step = 0
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if args.include_num_input_tokens_seen == "no":
+            args.include_num_input_tokens_seen = "all"
+        if self.tokens_per_step is not None:
+            args.max_steps = self.budget_tokens // self.tokens_per_step
+        refuse_reentrant_checkpointing(args)
+        if self.export == "best" and args.eval_strategy == IntervalStrategy.NO:
+            raise Refusal(
+                "export = best: nothing is evaluated (eval_strategy = 'no'). Set eval_strategy, or export last."
+            )
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._tokens_before_step = state.num_input_tokens_seen
+        self._phase = None
+        if not self._trained:
+            trainable = frozenset(name for name, tensor in model.named_parameters() if tensor.requires_grad)
+            self._trained = {
+                train: trainable & trained_names(model, train) for train in {phase.train for phase in self.phases}
+            }
+        self._set_phase(model, state)
+        if state.num_input_tokens_seen >= self.budget_tokens:
+            control.should_training_stop = True
+        return control
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._tokens_before_step = state.num_input_tokens_seen
+        self._set_phase(model, state)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.fp16:  # its scaler meets infinite gradients as a matter of course, and skips them
+            return
+        gradients = [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
+        if gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+            raise NonFiniteGradient(
+                f"step {state.global_step + 1} (batch {state.global_step + 1} of this pass over the data, "
+                f"{state.num_input_tokens_seen:,} tokens seen): the gradient is not finite. The weights are still those "
+                f"of step {state.global_step}; checkpoints in {args.output_dir} are untouched. Resume with a lower "
+                f"learning rate, or look at that batch."
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        seen = state.num_input_tokens_seen
+        step_tokens = self.tokens_per_step or seen - self._tokens_before_step
+        if seen + step_tokens > self.budget_tokens and not self.ends_with_data:
+            control.should_training_stop = True
+            control.should_log = True
+        return control
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, processing_class=None, **kwargs):
+        loss = (metrics or {}).get("eval_loss")
+        if self.export != "best" or self.export_dir is None or loss is None or not state.global_step:
+            return
+        if math.isfinite(loss) and (self._best_loss is None or loss < self._best_loss):
+            self._write(model, processing_class, state, replace=self._best_loss is not None)
+            self._best_loss = loss
+
+    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        trained = frozenset().union(*self._trained.values())
+        for name, tensor in model.named_parameters():
+            if name in trained:
+                tensor.requires_grad_(True)
+        if self.export_dir is not None and (self.export == "last" or self._best_loss is None):
+            self._write(model, processing_class, state, replace=False)
+
+    def tokens_seen(self, state) -> int:
+        """Padding at the very end of the data is not counted."""
+        return min(state.num_input_tokens_seen, self.budget_tokens)
+
+    def phase(self, state) -> Phase:
+        """By steps where their number is known to fit the budget, else by tokens."""
+        known = self.ends_with_data or self.tokens_per_step is not None
+        progress = state.global_step / state.max_steps if known else state.num_input_tokens_seen / self.budget_tokens
+        return self.phases[locate(self.phases, progress)]
+
+    def facts(self, model, state) -> dict:
+        """What is logged along with every loss."""
+        return {
+            "tokens_seen": self.tokens_seen(state),
+            "budget_fraction_used": self.tokens_seen(state) / self.budget_tokens,
+        } | cache_facts(model)
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if state.log_history and logs is not None:
+            logs.update(self.facts(model, state))
+            state.log_history[-1].update(self.facts(model, state))
+
+    def _set_phase(self, model, state) -> None:
+        if not self.phases:
+            return
+        phase = self.phase(state)
+        if phase is not self._phase:
+            self._phase = phase
+            for module in model.modules():
+                if hasattr(
+                    module, "reshard"
+                ):  # FSDP2 leaves some whole after an evaluation, and would forget the change
+                    module.reshard()
+            everything, now = frozenset().union(*self._trained.values()), self._trained[phase.train]
+            for name, tensor in model.named_parameters():
+                if name in everything:
+                    tensor.requires_grad_(name in now)
+
+    def _write(self, model, processing_class, state, replace: bool) -> None:
+        source = Path(self.source or getattr(model, "name_or_path", "") or "/nowhere")
+        export_student(
+            model,
+            self.export_dir,
+            source=source if source.is_dir() else None,
+            uptraining=self.record | {"tokens_seen": self.tokens_seen(state), "steps": state.global_step},
+            dtype=self.export_dtype,
+            processing_class=processing_class,
+            overwrite=self.overwrite or replace,
+            writes=state.is_world_process_zero,
+        )
+
+
+def resolve_budget(budget_tokens: int | None, budget_fraction: float | None, pretraining_tokens: int | None) -> int:
+    """Raises Refusal unless exactly one way of saying it was used, and it says a positive number of tokens."""
+    if (budget_tokens is None) == (budget_fraction is None):
+        raise Refusal(
+            "budget: say how long to train, by budget_tokens or by budget_fraction of the donor's pre-training."
+        )
+    if budget_fraction is not None:
+        if pretraining_tokens is None:
+            raise Refusal(
+                f"budget_fraction = {budget_fraction}: of how many tokens? Checkpoints do not say what they were trained "
+                f"on: give pretraining_tokens, or the budget as budget_tokens."
+            )
+        if not 0 < budget_fraction < math.inf or pretraining_tokens < 1:
+            raise Refusal(
+                f"budget_fraction = {budget_fraction} of pretraining_tokens = {pretraining_tokens} is no budget. "
+                f"Use positive numbers; the GQA paper uses 0.05."
+            )
+        budget_tokens = round(budget_fraction * pretraining_tokens)
+    if not isinstance(budget_tokens, int) or isinstance(budget_tokens, bool) or budget_tokens < 1:
+        raise Refusal(f"budget_tokens = {budget_tokens!r} is no budget. Use a positive whole number of tokens.")
+    return budget_tokens
+
+
+def refuse_reentrant_checkpointing(args) -> None:
+    """Reentrant checkpointing gives wrong gradients, without an error, for anything taken out of a layer by a hook."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        kwargs = getattr(args, f"{name}_kwargs", None)
+        if kwargs and kwargs.get("use_reentrant"):
+            raise Refusal(
+                f"{name}_kwargs = {kwargs}: reentrant checkpointing gives silently wrong gradients where layers share "
+                f"states or are matched to the teacher's. Use {{'use_reentrant': False}}."
+            )
+        if getattr(args, name, False) and not kwargs:
+            setattr(args, f"{name}_kwargs", {"use_reentrant": False})
+
+
+def cache_facts(model) -> dict:
+    config = getattr(model, "config", None)
+    heads = key_value_heads(config) if config is not None else None
+    if heads is None:
+        return {}
+    return {"kv_cache_bytes_per_token": cache_bytes_per_token_computed(config, heads, model.dtype)}

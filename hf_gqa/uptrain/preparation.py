@@ -1,0 +1,220 @@
+"""Everything that is checked and made before the first step: student, teacher, text, and what a run will do."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..convert.donor import Donor, open_donor
+from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..refusal import Refusal
+from .budgeted_rows import BudgetedRows, BudgetedStream
+from .packing import check_packing, packed_rows
+from .recipe import UptrainRecipe
+from .sampled_text import sampled_rows
+from .stored_teacher import StoredTeacher
+from .text_source import TextSource, fingerprint, open_documents
+
+
+STEPS_WANTED = 300
+SEQUENCE_LENGTH_WANTED = 1024
+RATE_TIMES_WIDTH = 0.256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Student:
+    """A student on disk, and in memory for training.
+
+    Args:
+        folder: where it came from.
+        model: with a causal language modelling head.
+        stored_dtype: of the weights on disk, which the export keeps.
+        manifest: of its conversion, if it has one.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stored_dtype: torch.dtype
+    manifest: Manifest | None
+
+
+def open_student(folder: str | Path, dtype: torch.dtype) -> Student:
+    """Raises Refusal for what cannot be opened, or has no causal language modelling head."""
+    folder = Path(folder).expanduser()
+    manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is not None and manifest.model_class.startswith("GPTBigCode"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        stored = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+    else:
+        opened = open_donor(folder)
+        if not opened.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            raise Refusal(
+                f"{folder}: is a {opened.model_class.__name__}; uptraining predicts next tokens. Convert a donor with a "
+                f"causal language modelling head."
+            )
+        stored = opened.tensors.dtype(next(name for names in opened.tensors.shards.values() for name in names))
+        model = opened.model_class.from_pretrained(opened.folder, config=opened.config, dtype=dtype)
+    return Student(folder=folder, model=model, tokenizer=load_tokenizer(folder), stored_dtype=stored, manifest=manifest)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds, by what is missing
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(
+            f"{folder}: no tokenizer that loads ({reason}). Copy the donor's tokenizer files there."
+        ) from None
+
+
+def open_teacher(recipe: UptrainRecipe, student: Student) -> Donor | None:
+    """Raises Refusal unless the teacher reads and predicts the same tokens as the student."""
+    if recipe.teacher is None:
+        return None
+    donor = open_donor(recipe.teacher)
+    theirs, ours = donor.config.vocab_size, student.model.config.vocab_size
+    if theirs != ours:
+        raise Refusal(
+            f"teacher {donor.name}: its vocabulary has {theirs:,} tokens, the student's {ours:,}; their predictions cannot "
+            f"be compared. Distil from the donor that the student was converted from."
+        )
+    mine = student.tokenizer.get_vocab()
+    other = load_tokenizer(donor.folder).get_vocab()
+    if mine != other:
+        token = next(iter(sorted(set(mine.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))))[0]
+        raise Refusal(
+            f"teacher {donor.name}: its tokenizer is not the student's (they differ on {token!r}), so it would be asked "
+            f"about other text. Distil from the donor that the student was converted from."
+        )
+    return donor
+
+
+def resolve_sizes(recipe: UptrainRecipe, model: PreTrainedModel, processes: int) -> UptrainRecipe:
+    """The recipe with the sizes that it leaves open: sequence length, batch size, learning rate, how often to look."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH_WANTED
+    length = recipe.sequence_length or min(longest, SEQUENCE_LENGTH_WANTED, recipe.total_tokens)
+    if length > longest:
+        raise Refusal(
+            f"sequence_length = {length:,}: the student has positions for {longest:,} tokens. Use {longest:,} or fewer."
+        )
+    share = recipe.gradient_accumulation_steps * processes
+    rows = recipe.per_device_train_batch_size or max(1, round(recipe.total_tokens / (STEPS_WANTED * length * share)))
+    steps = max(1, math.ceil(recipe.total_tokens / (rows * length * share)))
+    return replace(
+        recipe,
+        sequence_length=length,
+        per_device_train_batch_size=rows,
+        learning_rate=recipe.learning_rate or float(f"{RATE_TIMES_WIDTH / config.hidden_size:.2g}"),
+        eval_tokens=recipe.eval_tokens or min(16_384, max(2048, recipe.total_tokens // 20)),
+        logging_steps=recipe.logging_steps or max(1, steps // 100),
+        eval_steps=recipe.eval_steps or max(1, steps // 5),
+        save_steps=recipe.save_steps or max(1, steps // 5),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Rows to train on and rows to evaluate on.
+
+    Args:
+        train: exactly the budget.
+        all_rows: the corpus that `train` draws from, by whose row numbers stored teacher logits are found.
+        eval: rows that are never trained on.
+        fingerprint: of what was given.
+        passes: how often the corpus is seen; None for a stream.
+    """
+
+    train: BudgetedRows | BudgetedStream
+    all_rows: Dataset | IterableDataset
+    eval: Dataset
+    fingerprint: str
+    passes: float | None
+
+
+def prepare_text(recipe: UptrainRecipe, student: Student, teacher: PreTrainedModel | None, work: Path, donor_id: str):
+    """The rows of a recipe whose sizes are resolved.
+
+    Args:
+        teacher: the donor, loaded, where it samples the text.
+        work: folder in which sampled text is kept.
+        donor_id: what identifies the donor.
+    """
+    length, tokenizer = recipe.sequence_length, student.tokenizer
+    if recipe.sample_from_teacher:
+        wanted = (recipe.sampled_tokens or recipe.total_tokens) + recipe.eval_tokens
+        rows = sampled_rows(
+            *(teacher, tokenizer, work / "sampled"),
+            **{"donor_id": donor_id, "tokens": wanted, "sequence_length": length, "seed": recipe.seed},
+        )
+        identity = f"sampled from {donor_id} with seed {recipe.seed}"
+    else:
+        rows = text_rows(recipe.text_source(), recipe, student)
+        identity = fingerprint(recipe.text_source())
+    if recipe.eval_file:
+        held_out = text_rows(TextSource(train_file=recipe.eval_file), recipe, student)
+    else:
+        rows, held_out = hold_out(rows, max(1, recipe.eval_tokens // length))
+    fill = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    made = BudgetedStream if isinstance(rows, IterableDataset) else BudgetedRows
+    train = made(rows, recipe.total_tokens, recipe.seed, fill)
+    return Text(train=train, all_rows=rows, eval=held_out, fingerprint=identity, passes=getattr(train, "passes", None))
+
+
+def text_rows(source: TextSource, recipe: UptrainRecipe, student: Student) -> Dataset | IterableDataset:
+    """Packed rows of a source, for a model that keeps documents in a row apart, or is not asked to."""
+    if not recipe.attend_across_documents:
+        check_packing(student.model)
+    return packed_rows(
+        open_documents(source, student.tokenizer),
+        student.tokenizer,
+        recipe.sequence_length,
+        attend_across_documents=recipe.attend_across_documents,
+    )
+
+
+def hold_out(rows: Dataset | IterableDataset, wanted: int):
+    """(rows to train on, rows to evaluate on): of a stream its first rows; of a corpus every n-th, at most a tenth."""
+    if isinstance(rows, IterableDataset):
+        return rows.skip(wanted), Dataset.from_list(list(rows.take(wanted)))
+    if len(rows) < 2:
+        raise Refusal(
+            f"text: fills {len(rows)} row of sequence_length, so none is left to evaluate on. Give more text, a shorter "
+            f"--sequence-length, or --eval-file."
+        )
+    every = max(10 if len(rows) >= 10 else 2, len(rows) // wanted)
+    held_out = [row for row in range(len(rows)) if row % every == every - 1]
+    return rows.select(sorted(set(range(len(rows))) - set(held_out))), rows.select(held_out)
+
+
+def open_stored_teacher(recipe: UptrainRecipe, text: Text, vocab_size: int) -> StoredTeacher | None:
+    if recipe.teacher_logits is None:
+        return None
+    return StoredTeacher.open(recipe.teacher_logits, text.all_rows, vocab_size=vocab_size)
+
+
+def facts_of_run(recipe: UptrainRecipe, student: Student, text: Text) -> dict:
+    """What a run that resumes must agree with."""
+    names = (
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "teacher",
+        "teacher_logits",
+        "train_file",
+        "eval_file",
+        "export",
+    )
+    asked = {name: value for name, value in recipe.to_dict().items() if name not in names}
+    plan = student.manifest.plan if student.manifest is not None else None
+    facts = {
+        "recipe": asked | {"phases": [asdict(phase) for phase in recipe.resolved_phases()]},
+        "plan": plan,
+        "text": text.fingerprint,
+    }
+    return json.loads(json.dumps(facts))

@@ -1,0 +1,159 @@
+"""What a run of uptraining shall be: the options of `hf-gqa uptrain`, checked, as one value."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import yaml
+
+from ..refusal import Refusal
+from .callback import resolve_budget
+from .objectives import OBJECTIVES
+from .phases import TRAINED, Phase
+from .text_source import TextSource
+
+
+WHOLE = ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "logging_steps")
+WHOLE += ("save_steps", "eval_steps", "eval_tokens", "sampled_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UptrainRecipe:
+    """Checked when made; exact round trip through YAML, unknown keys refused.
+
+    Args:
+        teacher: folder or Hub repository of the donor; None trains on the text alone.
+        teacher_logits: folder written by `hf-gqa teacher-logits`, instead of running the teacher.
+        train_file, dataset_name, dataset_config_name, dataset_split, text_column, streaming: see `TextSource`.
+        sample_from_teacher: no data: the donor samples its own, `sampled_tokens` of it; None: as many as the budget.
+        eval_file: text to evaluate on; without it, `eval_tokens` of the training text are held out.
+        budget_tokens, budget_fraction, pretraining_tokens: how long to train.
+        objective: name of a file in `objectives/`; None: "distill" with a teacher, else "cross_entropy".
+        phases: in place of an objective, for what no file offers.
+        train: in place of the objective's own choice of what to train.
+        lora_rank: train adapters of this rank, and the converted projections in full, instead of everything.
+        learning_rate: peak; None: 0.256 / hidden_size, see docs/uptraining.md.
+        dtype: of the weights while they are trained; "bfloat16" halves their memory and loses small updates.
+        per_device_train_batch_size: rows; None: as many as leave some 300 steps.
+        eval_tokens: held out where there is no `eval_file`; None: a twentieth of the budget, from 2,048 to 16,384.
+        export: "last" student or "best" by `eval_loss`.
+
+    Raises:
+        Refusal: contradictory or unknown values.
+    """
+
+    teacher: str | None = None
+    teacher_logits: str | None = None
+    train_file: tuple[str, ...] = ()
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_split: str = "train"
+    text_column: str | None = None
+    streaming: bool = False
+    sample_from_teacher: bool = False
+    sampled_tokens: int | None = None
+    eval_file: tuple[str, ...] = ()
+    eval_tokens: int | None = None
+    budget_tokens: int | None = None
+    budget_fraction: float | None = None
+    pretraining_tokens: int | None = None
+    objective: str | None = None
+    phases: tuple[Phase, ...] = ()
+    train: str | None = None
+    lora_rank: int | None = None
+    learning_rate: float | None = None
+    sequence_length: int | None = None
+    attend_across_documents: bool = False
+    per_device_train_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    dtype: str = "float32"
+    torch_compile: bool = False
+    seed: int = 0
+    logging_steps: int | None = None
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    export: str = "last"
+
+    def __post_init__(self):
+        for name in ("train_file", "eval_file"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        phases = tuple(Phase.from_dict(phase) if isinstance(phase, dict) else phase for phase in self.phases or ())
+        object.__setattr__(self, "phases", phases)
+        for name in WHOLE:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise Refusal(f"{name} = {value!r} is not a positive whole number. Use 1 or more.")
+        self._check_text()
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise Refusal(f"learning_rate = {self.learning_rate!r}: use a number between 0 and 1, such as 1e-4.")
+        if self.train is not None and self.train not in TRAINED:
+            raise Refusal(f"train = {self.train!r} is unknown. Use one of {', '.join(TRAINED)}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise Refusal(f"dtype = {self.dtype!r} is unknown. Use float32 or bfloat16.")
+        if self.export not in ("last", "best"):
+            raise Refusal(f"export = {self.export!r} is unknown. Use last or best.")
+        if self.objective is not None and self.phases:
+            raise Refusal("objective and phases: both say what is learned. Give one of them.")
+        OBJECTIVES.get(self.objective or "distill")
+        resolve_budget(self.budget_tokens, self.budget_fraction, self.pretraining_tokens)
+
+    def _check_text(self) -> None:
+        ways = {"--train-file": self.train_file, "--dataset-name": self.dataset_name}
+        ways["--sample-from-teacher"] = self.sample_from_teacher
+        given = [name for name, value in ways.items() if value]
+        if len(given) != 1:
+            raise Refusal(f"text: got {', '.join(given) or 'none'}. Give exactly one of {', '.join(ways)}.")
+        if self.sample_from_teacher and self.teacher is None:
+            raise Refusal("--sample-from-teacher: there is no teacher to sample from. Give --teacher.")
+        if self.teacher_logits is not None and (self.streaming or self.lora_rank):
+            raise Refusal("--teacher-logits: are stored row by row for a corpus on disk. Leave --streaming out.")
+        if not self.sample_from_teacher:
+            self.text_source()
+
+    def text_source(self) -> TextSource:
+        names = [field.name for field in fields(TextSource)]
+        return TextSource(**{name: getattr(self, name) for name in names})
+
+    @property
+    def total_tokens(self) -> int:
+        return resolve_budget(self.budget_tokens, self.budget_fraction, self.pretraining_tokens)
+
+    def resolved_phases(self) -> tuple[Phase, ...]:
+        """The phases themselves, whatever named them."""
+        has_teacher = self.teacher is not None or self.teacher_logits is not None
+        name = self.objective or ("distill" if has_teacher else "cross_entropy")
+        phases = self.phases or OBJECTIVES.get(name)
+        return phases if self.train is None else tuple(replace(phase, train=self.train) for phase in phases)
+
+    def to_dict(self) -> dict:
+        """What YAML and JSON hold: without what is at its default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        values = {name: getattr(self, name) for name in defaults}
+        changed = {name: value for name, value in values.items() if value != defaults[name]}
+        as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+        return as_lists | ({"phases": [asdict(phase) for phase in self.phases]} if self.phases else {})
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str = "recipe") -> "UptrainRecipe":
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise Refusal(f"{where}: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
+        return cls(**values)
+
+
+def read_recipe(path: Path) -> dict:
+    """The keys of a recipe file; `UptrainRecipe.from_dict` checks them once the command's own options are merged in."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Refusal(f"{path}: not a readable YAML file ({' '.join(str(error).split())}). Correct it.") from None
+    if not isinstance(values, dict):
+        raise Refusal(f"{path}: holds {type(values).__name__}, expected keys such as 'budget_tokens: 163840'.")
+    unknown = sorted(set(map(str, values)) - {field.name for field in fields(UptrainRecipe)})
+    if unknown:
+        names = ", ".join(field.name for field in fields(UptrainRecipe))
+        raise Refusal(f"{path}: unknown key '{unknown[0]}'. Known: {names}.")
+    return values

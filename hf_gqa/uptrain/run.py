@@ -1,0 +1,322 @@
+"""From a student on disk to an uptrained student on disk."""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainingArguments
+
+from ..convert.donor import Donor
+from ..convert.manifest import donor_identity
+from ..refusal import Refusal
+from ..staging import check_output
+from .callback import UptrainCallback, cache_facts
+from .export_student import export_student
+from .lora import add_lora
+from .packing import PackedCollator
+from .preparation import (
+    Student,
+    Text,
+    facts_of_run,
+    open_stored_teacher,
+    open_student,
+    open_teacher,
+    prepare_text,
+    resolve_sizes,
+)
+from .progress import UptrainProgress, plot_losses
+from .recipe import UptrainRecipe
+from .stored_teacher import StoredTeacher
+from .trainer import UptrainTrainer
+from .write_teacher_logits import write_teacher_logits
+
+
+RESULT_FILE, PLOT_FILE = "uptraining.json", "uptraining.svg"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UptrainResult:
+    """What came out; `uptraining.json` beside the student holds it, with the whole log.
+
+    Args:
+        before, after: evaluation on the held-out rows; `after` is of the weights as written.
+        seconds: of training, evaluations and checkpoints included.
+    """
+
+    output: str
+    recipe: dict
+    tokens_seen: int
+    steps: int
+    before: dict
+    after: dict
+    seconds: float
+    tokens_per_second: float
+    teacher_own_bytes: int | None
+    teacher_shared_bytes: int | None
+    kv_cache_bytes_per_token: int | None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class UptrainRun:
+    """A run that has been checked and explained, and not begun.
+
+    Checkpoints and sampled text are kept in `work`, beside the output, until the run is complete.
+
+    Args:
+        student: folder of the student; it is only read.
+        output: folder to write; it appears complete or not at all.
+        recipe: what to do.
+        overwrite: replace `output`, and discard an unfinished run.
+        resume: go on where an unfinished run of the same recipe stopped.
+
+    Raises:
+        Refusal: bad input; nothing is written.
+    """
+
+    def __init__(
+        self, student: str | Path, output: str | Path, recipe: UptrainRecipe, *, overwrite=False, resume=False
+    ):
+        self.output, self.overwrite, self.resume = Path(output).expanduser(), overwrite, resume
+        self.work = self.output.parent / f"{self.output.name}.unfinished"
+        check_output(self.output, overwrite, Path(student))
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        self._check_work()
+        self.student: Student = open_student(student, getattr(torch, recipe.dtype))
+        self.recipe = resolve_sizes(recipe, self.student.model, PartialState().num_processes)
+        self.donor: Donor | None = open_teacher(recipe, self.student)
+        donor_id = json.dumps(donor_identity(self.donor)) if recipe.sample_from_teacher else ""
+        sampler = self._load_donor() if recipe.sample_from_teacher else None
+        with PartialState().main_process_first():
+            self.text: Text = prepare_text(self.recipe, self.student, sampler, self.work, donor_id)
+        self.trainer = self._make_trainer()
+
+    def _check_work(self) -> None:
+        has_checkpoints = any(self.work.glob("checkpoint-*"))
+        if self.resume and not has_checkpoints:
+            raise Refusal(f"{self.work}: holds no checkpoint to resume. Run without --resume.")
+        if has_checkpoints and not (self.resume or self.overwrite):
+            raise Refusal(
+                f"{self.work}: is an unfinished run. Use --resume to go on with it, or --overwrite to discard it."
+            )
+        if has_checkpoints and not self.resume and PartialState().is_main_process:
+            for folder in self.work.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+
+    def _load_donor(self):
+        return self.donor.model_class.from_pretrained(
+            self.donor.folder, config=self.donor.config, dtype=self.student.model.dtype
+        ).eval()
+
+    def _make_trainer(self) -> UptrainTrainer:
+        recipe, model = self.recipe, self.student.model
+        if recipe.lora_rank is not None:
+            model = add_lora(model, recipe.lora_rank, recipe.seed)
+        self.callback = UptrainCallback(
+            budget_tokens=recipe.total_tokens, phases=recipe.resolved_phases(), ends_with_data=True
+        )
+        trainer = _RunTrainer(
+            model=model,
+            args=self._arguments(),
+            train_dataset=self.text.train,
+            eval_dataset=self.text.eval,
+            data_collator=PackedCollator(),
+            processing_class=self.student.tokenizer,
+            uptrain=self.callback,
+            teacher=open_stored_teacher(recipe, self.text, model.config.vocab_size) or self.donor,
+            callbacks=[UptrainProgress(recipe.total_tokens)],
+        )
+        trainer.remove_callback(PrinterCallback)  # the bar shows it, the log keeps it
+        trainer.facts = facts_of_run(recipe, self.student, self.text)
+        return trainer
+
+    def _arguments(self) -> TrainingArguments:
+        recipe = self.recipe
+        checkpointing = next(
+            field.name
+            for field in fields(TrainingArguments)
+            if field.name in ("activation_checkpointing", "gradient_checkpointing")
+        )
+        return TrainingArguments(
+            output_dir=str(self.work),
+            num_train_epochs=1,
+            per_device_train_batch_size=recipe.per_device_train_batch_size,
+            per_device_eval_batch_size=max(1, min(16, 8192 // recipe.sequence_length)),
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            learning_rate=recipe.learning_rate,
+            adam_beta2=0.95,
+            use_cpu=not torch.accelerator.is_available(),
+            bf16=recipe.bf16,
+            torch_compile=recipe.torch_compile,
+            seed=recipe.seed,
+            logging_steps=recipe.logging_steps,
+            eval_strategy="steps",
+            eval_steps=recipe.eval_steps,
+            eval_on_start=not self.resume,
+            save_strategy="steps",
+            save_steps=recipe.save_steps if recipe.export == "last" else recipe.eval_steps,
+            save_total_limit=2,
+            load_best_model_at_end=recipe.export == "best",
+            metric_for_best_model="eval_loss",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+            **{checkpointing: recipe.gradient_checkpointing},
+        )
+
+    def explanation(self) -> dict:
+        """What will be done, in numbers, before it is done."""
+        recipe, memory = self.recipe, self.trainer.teacher_memory()
+        model, text = self.trainer.model, self.text
+        trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+        step_tokens = recipe.per_device_train_batch_size * recipe.sequence_length
+        step_tokens *= recipe.gradient_accumulation_steps * PartialState().num_processes
+        return {
+            "student": str(self.student.folder),
+            "output": str(self.output),
+            "teacher": self.donor.name if self.donor is not None else recipe.teacher_logits,
+            "budget_tokens": recipe.total_tokens,
+            "budget_fraction": recipe.budget_fraction,
+            "tokens_per_step": step_tokens,
+            "steps": -(-recipe.total_tokens // step_tokens),
+            "corpus_passes": text.passes,
+            "held_out_tokens": len(text.eval) * recipe.sequence_length,
+            "learning_rate": recipe.learning_rate,
+            "parameters": sum(tensor.numel() for tensor in model.parameters()),
+            "trained_parameters": trained,
+            "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
+            "gradient_and_optimizer_bytes": trained * 3 * model.dtype.itemsize,
+            "teacher_own_bytes": memory.own_bytes if memory else None,
+            "teacher_shared_bytes": memory.shared_bytes if memory else None,
+            "phases": [asdict(phase) for phase in recipe.resolved_phases()],
+            **cache_facts(self.student.model),
+        }
+
+    def train(self) -> UptrainResult:
+        """Train, evaluate what will be written, write it, and remove what was only for resuming.
+
+        Raises:
+            Refusal: the run diverged, or cannot be resumed; complete checkpoints are kept.
+            OSError: the disk failed or is full; complete checkpoints are kept.
+        """
+        begun = time.perf_counter()
+        explanation = self.explanation()
+        trainer = self.trainer
+        trainer.train(resume_from_checkpoint=True if self.resume else None)
+        seconds = time.perf_counter() - begun
+        model = trainer.model.merge_and_unload() if hasattr(trainer.model, "merge_and_unload") else trainer.model
+        trainer.model = trainer.model_wrapped = model
+        round_to(model, self.student.stored_dtype)
+        after = trainer.evaluate()
+        evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        tokens = self.callback.tokens_seen(trainer.state)
+        result = UptrainResult(
+            output=str(self.output),
+            recipe=self.recipe.to_dict(),
+            tokens_seen=tokens,
+            steps=trainer.state.global_step,
+            before=evaluation_of(evaluated[0]),
+            after=evaluation_of(after),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            teacher_own_bytes=explanation["teacher_own_bytes"],
+            teacher_shared_bytes=explanation["teacher_shared_bytes"],
+            kv_cache_bytes_per_token=explanation.get("kv_cache_bytes_per_token"),
+        )
+        self._export(model, result)
+        if trainer.is_world_process_zero():
+            shutil.rmtree(self.work, ignore_errors=True)
+        return result
+
+    def _export(self, model, result: UptrainResult) -> None:
+        history = self.trainer.state.log_history
+
+        def add_report(folder: Path) -> None:
+            text = json.dumps(asdict(result) | {"log": history}, indent=2) + "\n"
+            (folder / RESULT_FILE).write_text(text, encoding="utf-8")
+            plot_losses(history, folder / PLOT_FILE)
+
+        export_student(
+            model,
+            self.output,
+            source=self.student.folder,
+            uptraining={name: getattr(result, name) for name in ("recipe", "tokens_seen", "steps", "before", "after")},
+            dtype=self.student.stored_dtype,
+            overwrite=self.overwrite,
+            writes=self.trainer.is_world_process_zero(),
+            also=add_report,
+        )
+
+
+class _RunTrainer(UptrainTrainer):
+    facts: dict
+
+    def checkpoint_facts(self) -> dict:
+        return self.facts
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # the rows are in their order already
+
+
+def uptrain(student: str | Path, output: str | Path, recipe: UptrainRecipe, *, overwrite=False, resume=False):
+    """Give a converted student its quality back: train it for a budget of tokens, and write it to `output`.
+
+    Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), section 2.1, for uptraining; the objectives name theirs.
+
+    Args:
+        student: folder that `convert_checkpoint` wrote.
+        output: folder to write; it appears complete or not at all.
+        recipe: text, budget, teacher and objective.
+        overwrite: replace `output`, and discard an unfinished run.
+        resume: go on with an unfinished run of the same recipe.
+
+    Returns:
+        An `UptrainResult`.
+
+    Raises:
+        Refusal: bad input, or a run that diverged.
+        OSError: the disk failed or is full; the run can be resumed.
+    """
+    return UptrainRun(student, output, recipe, overwrite=overwrite, resume=resume).train()
+
+
+def write_teacher_of_recipe(
+    student: str | Path, output: str | Path, recipe: UptrainRecipe, top_k: int
+) -> StoredTeacher:
+    """Run a recipe's teacher over its text once and store its `top_k` likeliest tokens at each position in `output`.
+
+    Raises:
+        Refusal: no teacher, a streamed corpus, or a folder of other logits.
+    """
+    if recipe.teacher is None or recipe.streaming:
+        raise Refusal("teacher-logits: needs a recipe with a teacher, and text that is not streamed.")
+    opened = open_student(student, getattr(torch, recipe.dtype))
+    recipe = resolve_sizes(recipe, opened.model, PartialState().num_processes)
+    donor = open_teacher(recipe, opened)
+    teacher = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=opened.model.dtype).eval()
+    identity = json.dumps(donor_identity(donor))
+    text = prepare_text(recipe, opened, teacher, Path(f"{output}.sampled"), identity)
+    write_teacher_logits(teacher, text.all_rows, output, top_k=top_k, donor_id=identity)
+    return StoredTeacher.open(output, text.all_rows, vocab_size=donor.config.vocab_size)
+
+
+@torch.no_grad()
+def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The values that a checkpoint in `dtype` will hold, so that what is evaluated is what is written."""
+    for tensor in model.parameters():
+        tensor.copy_(tensor.to(dtype))
+
+
+def evaluation_of(metrics: dict) -> dict:
+    """The model's part of Trainer's metrics, without the machine's."""
+    names = "loss", "teacher_loss", "kl_nats_per_token", "top1_agreement_fraction", "gap_nats_per_token"
+    names += ("gap_closed_fraction",)
+    return {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}

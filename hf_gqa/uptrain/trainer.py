@@ -1,0 +1,298 @@
+"""A Trainer whose loss is the distance to a teacher."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..convert.donor import Donor, open_donor
+from ..refusal import Refusal
+from .callback import UptrainCallback
+from .checkpoints import CompleteCheckpointsMixin
+from .freezing import trained_names
+from .layer_matching import LayerOutputs, relative_error
+from .objectives import OBJECTIVES
+from .phases import Objective, Phase, rate_of_step
+from .stored_teacher import StoredTeacher
+from .teacher import TeacherLogits, TeacherMemory, check_vocabulary, load_teacher, teacher_memory
+from .token_loss import PARTS, TokenWeights, next_token_labels, token_loss
+from .top_k_loss import top_k_kl
+
+
+EVALUATION = Objective(cross_entropy=1.0)
+LAYER_PARTS = ("attention_output", "hidden_state")
+
+
+class DistillationMixin:
+    """Before any Trainer class (`class Distilled(DistillationMixin, SFTTrainer)`): phases, teacher and their losses.
+
+    Logs, beside Trainer's own: the parts of the loss, unweighted; the gap to the teacher's cross-entropy on the same
+    tokens; `tokens_seen`; `kv_cache_bytes_per_token`. Evaluation gives the plain cross-entropy as `eval_loss`, and with
+    a teacher the KL to it, top-1 agreement and the share of the gap closed since the first evaluation. Causal language
+    models only.
+
+    Args:
+        uptrain: the callback with budget and phases; it need not be among `callbacks` as well.
+        teacher: the donor as a folder, a Hub repository or an opened `Donor` (then it uses the student's frozen tensors,
+            see `load_teacher`); a loaded model on any device and of any dtype; or a `StoredTeacher`. None if no phase
+            needs one.
+
+    Raises:
+        Refusal: a phase that needs a teacher without one, one with another vocabulary, or layers to match with a
+            stored one.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, uptrain: UptrainCallback, teacher=None, **kwargs):
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        uptrain.phases = uptrain.phases or OBJECTIVES.get("cross_entropy" if teacher is None else "distill")
+        self.uptrain = uptrain
+        check_teacher(teacher, uptrain.phases)
+        freeze_the_rest(model, uptrain.phases)
+        if len({phase.train for phase in uptrain.phases}) > 1 and args_of(args, kwargs) is not None:
+            args_of(args, kwargs).ddp_find_unused_parameters = True  # what a phase freezes has no gradient to wait for
+        callbacks = [callback for callback in kwargs.pop("callbacks", None) or [] if callback is not uptrain]
+        super().__init__(*args, callbacks=[*callbacks, uptrain], **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole accumulated batch
+        self.teacher = self._prepared_teacher(teacher)
+        self.teacher_logits = TeacherLogits(self.teacher) if isinstance(self.teacher, torch.nn.Module) else None
+        self._layers = None
+        if any(phase.objective.matches_layers for phase in uptrain.phases):
+            self._layers = LayerOutputs(self.bare_model), LayerOutputs(self.teacher)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._first_gap = None
+
+    @property
+    def bare_model(self) -> PreTrainedModel:
+        """Below peft's wrapper, if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def teacher_memory(self) -> TeacherMemory | None:
+        """What the teacher takes in memory; None if it takes none."""
+        return teacher_memory(self.teacher, self.model) if isinstance(self.teacher, torch.nn.Module) else None
+
+    def _prepared_teacher(self, teacher):
+        if teacher is None or isinstance(teacher, StoredTeacher):
+            return teacher
+        if isinstance(teacher, str | Path):
+            teacher = open_donor(teacher)
+        if isinstance(teacher, Donor):
+            teacher = load_teacher(teacher, self.model)
+        check_vocabulary(teacher, self.bare_model)
+        return teacher.eval().requires_grad_(False)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """A sharded optimizer restores only what is trained just now: go to the phase of the checkpoint first."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            self.uptrain.on_train_begin(self.args, state, TrainerControl(), model=self.model)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def create_optimizer(self, model=None):
+        """Trainer's, with the attention parameters in groups of their own where phases want another rate for them."""
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if not made_before and any(
+            phase.attention_learning_rate != phase.learning_rate for phase in self.uptrain.phases
+        ):
+            names = trained_names(self.model, "attention")
+            split_groups(optimizer, {id(tensor) for name, tensor in self.model.named_parameters() if name in names})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The phases' own schedules, one after the other, in place of `lr_scheduler_type` and warm-up."""
+        if self.lr_scheduler is None:
+            optimizer, phases = optimizer or self.optimizer, self.uptrain.phases
+
+            def rate(of_attention: bool):
+                return lambda step: rate_of_step(
+                    phases, min(step, num_training_steps - 1), num_training_steps, of_attention
+                )
+
+            rates = [rate(group.get("of_attention", False)) for group in optimizer.param_groups]
+            self.lr_scheduler = LambdaLR(optimizer, rates)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The current phase's objective on one micro-batch; in evaluation the plain cross-entropy."""
+        objective = self.uptrain.phase(self.state).objective if model.training else EVALUATION
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        rows = inputs.pop("row", None)
+        inputs["use_cache"] = False
+        num_items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        teacher = self._teacher_pass(inputs, objective) if objective.needs_teacher or not model.training else None
+        outputs = self._student_pass(model, inputs, objective)
+        loss = torch.zeros((), device=labels.device)
+        if not objective.teacher_forced:
+            loss = loss + self._token_loss(outputs.logits, labels, teacher, rows, objective, num_items)
+        loss = loss + self._layer_loss(labels, objective, num_items)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // max(1, self.get_tp_size()))
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_pass(self, inputs: dict, objective: Objective):
+        """The batch's teacher logits in chunks; with layers to match, what they put out is recorded on the way."""
+        if self.teacher_logits is None:
+            return None
+        on_teacher = {name: value.to(self.teacher.device) for name, value in inputs.items() if torch.is_tensor(value)}
+        if not objective.matches_layers:
+            return self.teacher_logits(on_teacher)
+        with self._layers[1].recorded():
+            return self.teacher_logits(on_teacher)
+
+    def _student_pass(self, model, inputs: dict, objective: Objective):
+        if not objective.matches_layers:
+            if self._layers is not None:
+                self._layers[0].forced_inputs = {}
+            return model(**inputs)
+        forced = self._layers[1].attention_inputs if objective.teacher_forced else None
+        if objective.teacher_forced and self.accelerator.distributed_type == DistributedType.NO:
+            return self._layers[0].run_attention(forced)  # nothing wraps the model that would have to see it
+        with self._layers[0].recorded(forced):
+            return model(**inputs, **({"logits_to_keep": 1} if objective.teacher_forced else {}))
+
+    def _token_loss(self, logits, labels, teacher, rows, objective: Objective, num_items) -> torch.Tensor:
+        stored_kl = torch.zeros((), device=logits.device)
+        flat, labels_N = logits.flatten(0, 1), next_token_labels(labels)
+        kl = objective.kl
+        if isinstance(self.teacher, StoredTeacher) and logits.requires_grad:
+            mixed = objective.cross_entropy > 0
+            ids_BSk, log_probs_BSk = self.teacher.rows(rows)
+            stored_kl = top_k_kl(
+                flat,
+                ids_BSk.flatten(0, 1).to(flat.device),
+                log_probs_BSk.flatten(0, 1).to(flat.device),
+                (labels_N != -100) / num_items,
+                in_place=not mixed,
+            )
+            self._add("kl", stored_kl.detach() * num_items, (labels_N != -100).sum())
+            if not mixed:
+                return kl * stored_kl
+            kl = 0.0
+        weights = TokenWeights(
+            kl=kl if teacher is not None else 0.0,
+            cross_entropy=objective.cross_entropy,
+            teacher_choice=objective.teacher_choice,
+            temperature=objective.temperature,
+        )
+        loss, parts = token_loss(flat, labels_N, teacher, weights, num_items)
+        for name, value in zip(PARTS[:-1], parts[:-1], strict=True):
+            if teacher is not None or name == "cross_entropy":
+                self._add(name, value, parts[-1])
+        return loss + objective.kl * stored_kl
+
+    def _layer_loss(self, labels, objective: Objective, num_items) -> torch.Tensor:
+        loss = torch.zeros((), device=labels.device)
+        counts = (next_token_labels(labels) != -100).view_as(labels)
+        for name, kept in zip(LAYER_PARTS, ("attention", "hidden"), strict=True):
+            weight = getattr(objective, name)
+            if weight:
+                student, teacher = getattr(self._layers[0], kept), getattr(self._layers[1], kept)
+                total = relative_error(student, teacher, counts)
+                self._add(name, total.detach(), counts.sum())
+                loss = loss + weight * total / num_items
+        return loss
+
+    def _add(self, name: str, total: torch.Tensor, tokens: torch.Tensor) -> None:
+        pair = torch.stack([total.detach().float(), tokens.float()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def evaluate(self, *args, **kwargs):
+        self._sums, kept = {}, self._sums
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._sums = kept
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the parts of the loss, per token, to what Trainer logs, before any tracker sees it."""
+        evaluated = "eval_loss" in logs
+        if evaluated or "loss" in logs:
+            found = self._means()
+            logs.update(self._evaluation_facts(found) if evaluated else training_facts(found))
+        logs.update(self.uptrain.facts(self.bare_model, self.state))
+        super().log(logs, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        table = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
+        self._sums = {}
+        return {name: (total / max(1.0, tokens)) for name, (total, tokens) in zip(names, table.tolist(), strict=True)}
+
+    def _evaluation_facts(self, means: dict[str, float]) -> dict[str, float]:
+        facts = {"eval_loss": means["cross_entropy"]}
+        if "teacher_cross_entropy" in means:
+            gap = means["cross_entropy"] - means["teacher_cross_entropy"]
+            self._first_gap = gap if self._first_gap is None else self._first_gap
+            facts |= {
+                "eval_teacher_loss": means["teacher_cross_entropy"],
+                "eval_kl_nats_per_token": means["kl"],
+                "eval_top1_agreement_fraction": means["agreement"],
+                "eval_gap_nats_per_token": gap,
+            }
+            if self._first_gap > 0:
+                facts["eval_gap_closed_fraction"] = 1 - gap / self._first_gap
+        return facts
+
+
+class UptrainTrainer(DistillationMixin, CompleteCheckpointsMixin, Trainer):
+    """Trainer with phases, a teacher, and checkpoints that say whether they are complete."""
+
+
+def args_of(args: tuple, kwargs: dict):
+    """Trainer's second argument."""
+    return kwargs.get("args", args[1] if len(args) > 1 else None)
+
+
+def training_facts(means: dict[str, float]) -> dict[str, float]:
+    facts = {{"agreement": "top1_agreement_fraction"}.get(name, f"loss_{name}"): value for name, value in means.items()}
+    if "teacher_cross_entropy" in means:
+        facts["gap_to_teacher"] = means["cross_entropy"] - means["teacher_cross_entropy"]
+    return facts
+
+
+def split_groups(optimizer: torch.optim.Optimizer, attention: set[int]) -> None:
+    """Give the parameters whose ids are in `attention` groups of their own, with the settings of those they leave."""
+    for group in list(optimizer.param_groups):
+        leaving = [tensor for tensor in group["params"] if id(tensor) in attention]
+        group["params"] = [tensor for tensor in group["params"] if id(tensor) not in attention]
+        group["of_attention"] = False
+        if leaving:
+            optimizer.add_param_group(group | {"params": leaving, "of_attention": True})
+
+
+def check_teacher(teacher, phases: Sequence[Phase]) -> None:
+    """Raises Refusal unless every phase has the teacher it needs."""
+    for number, phase in enumerate(phases, start=1):
+        if phase.objective.needs_teacher and teacher is None:
+            raise Refusal(
+                f"phase {number}: its objective compares with a teacher, and there is none. Give the donor as teacher, or "
+                f"use the objective cross_entropy."
+            )
+        if isinstance(teacher, StoredTeacher) and (phase.objective.matches_layers or phase.objective.teacher_choice):
+            raise Refusal(
+                f"phase {number}: stored teacher logits hold no layer outputs. Use an objective of kl and cross_entropy, or "
+                f"the donor itself as teacher."
+            )
+        if isinstance(teacher, StoredTeacher) and phase.objective.temperature != 1.0:
+            raise Refusal(
+                f"phase {number}: temperature = {phase.objective.temperature}, but stored teacher logits are of "
+                f"temperature 1. Use 1, or the donor itself as teacher."
+            )
+
+
+def freeze_the_rest(model: torch.nn.Module, phases: Sequence[Phase]) -> None:
+    """Freeze what no phase trains; the teacher can then share it."""
+    wanted = frozenset().union(*(trained_names(model, train) for train in {phase.train for phase in phases}))
+    for name, tensor in model.named_parameters():
+        if name not in wanted:
+            tensor.requires_grad_(False)
