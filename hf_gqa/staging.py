@@ -21,13 +21,17 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
+def check_apart(output: Path, read_only: Path, whose: str) -> None:
+    """Refuse an output that touches a folder which is only read."""
+    resolved, read = output.resolve(), read_only.resolve()
+    if resolved == read or resolved in read.parents or read in resolved.parents:
+        raise Refusal(f"{output}: overlaps the {whose}'s folder {read_only}. Write the student somewhere else.")
+
+
 def check_output(output: Path, overwrite: bool, donor_folder: Path | None) -> None:
     """Refuse an output that exists, that is not ours to replace, or that touches the donor."""
-    resolved = output.resolve()
     if donor_folder is not None:
-        donor = donor_folder.resolve()
-        if resolved == donor or resolved in donor.parents or donor in resolved.parents:
-            raise Refusal(f"{output}: overlaps the donor's folder {donor_folder}. Write the student somewhere else.")
+        check_apart(output, donor_folder, "donor")
     if not output.exists():
         return
     if not output.is_dir():

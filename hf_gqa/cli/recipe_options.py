@@ -78,7 +78,7 @@ def recipe_of(asked: tuple[Path | None, dict]) -> UptrainRecipe:
 def _option(name: str, kind) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        return _parameter(name, bool | None, typer.Option(None, flag, help=HELP[name]))
+        return _parameter(name, bool | None, typer.Option(None, f"{flag}/--no-{flag[2:]}", help=HELP[name]))
     kind = list[str] | None if kind == tuple[str, ...] else kind | None
     return _parameter(name, kind, typer.Option(None, flag, help=HELP[name]))
 

@@ -11,6 +11,16 @@ from .printing import console, errors_as_messages, human_bytes, human_count, pri
 from .recipe_options import recipe_of, with_recipe_options
 
 
+LEARNED = {
+    "kl": "the teacher's token distribution",
+    "cross_entropy": "the text",
+    "teacher_choice": "the teacher's likeliest token",
+    "attention_output": "the teacher's attention outputs",
+    "hidden_state": "the teacher's hidden states",
+}
+TRAINED = {"all": "everything", "attention": "attention", "key_value": "key and value projections"}
+
+
 @with_recipe_options
 def uptrain(
     asked,
@@ -26,7 +36,7 @@ def uptrain(
     With --teacher it learns what the donor does, which takes far fewer tokens than the text alone.
     """
     with errors_as_messages(json):
-        run = UptrainRun(student, output, recipe_of(asked), overwrite=overwrite, resume=resume)
+        run = UptrainRun(student, output, recipe_of(asked), overwrite=overwrite, resume=resume, explain_only=dry_run)
         first = run.trainer.is_world_process_zero()
         explanation = run.explanation()
         if first and not json:
@@ -64,13 +74,17 @@ def print_run(facts: dict) -> None:
     out.print(table)
     total = sum(phase["share"] for phase in facts["phases"])
     for phase in facts["phases"]:
-        parts = {name: value for name, value in phase["objective"].items() if value and name != "temperature"}
-        learned = ", ".join(name if value in (1.0, True) else f"{value:g} {name}" for name, value in parts.items())
-        out.print(f"phase: {phase['share'] / total:.0%} of the tokens, train {phase['train']}, learn {learned}")
+        weights = {name: phase["objective"][name] for name in LEARNED if phase["objective"][name]}
+        parts = [LEARNED[name] if value == 1 else f"{value:g} x {LEARNED[name]}" for name, value in weights.items()]
+        forced = ", each layer on the teacher's input to it" if phase["objective"]["teacher_forced"] else ""
+        out.print(
+            f"phase: {phase['share'] / total:.0%} of the tokens; train {TRAINED[phase['train']]}; "
+            f"learn {' + '.join(parts)}{forced}"
+        )
 
 
 def passes_in_words(passes: float | None) -> str:
-    return "a stream" if passes is None else f"{passes:.2g} passes over the corpus"
+    return "a stream" if passes is None else f"{passes:,.2f} times over the corpus"
 
 
 def print_result(result: UptrainResult) -> None:

@@ -104,9 +104,19 @@ class UptrainCallback(TrainerCallback):
                 train: trainable & trained_names(model, train) for train in {phase.train for phase in self.phases}
             }
         self._set_phase(model, state)
-        if state.num_input_tokens_seen >= self.budget_tokens:
-            control.should_training_stop = True
-        return control
+        if state.num_input_tokens_seen >= self.budget_tokens and state.global_step < state.max_steps:
+            raise Refusal(
+                f"budget_tokens = {self.budget_tokens:,}: all of them have been seen, so there is nothing to resume. Raise the "
+                f"budget."
+            )
+        if (
+            self.export == "best"
+            and self._best_loss is None
+            and self.export_dir is not None
+            and self.export_dir.exists()
+        ):
+            losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]]
+            self._best_loss = min(filter(math.isfinite, losses), default=None)  # of the run that is resumed
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._tokens_before_step = state.num_input_tokens_seen
@@ -120,7 +130,7 @@ class UptrainCallback(TrainerCallback):
             raise NonFiniteGradient(
                 f"step {state.global_step + 1} (batch {state.global_step + 1} of this pass over the data, "
                 f"{state.num_input_tokens_seen:,} tokens seen): the gradient is not finite. The weights are still those "
-                f"of step {state.global_step}; checkpoints in {args.output_dir} are untouched. Resume with a lower "
+                f"of step {state.global_step}; checkpoints in {args.output_dir} are untouched. Start again with a lower "
                 f"learning rate, or look at that batch."
             )
 
@@ -155,7 +165,7 @@ class UptrainCallback(TrainerCallback):
     def phase(self, state) -> Phase:
         """By steps where their number is known to fit the budget, else by tokens."""
         known = self.ends_with_data or self.tokens_per_step is not None
-        progress = state.global_step / state.max_steps if known else state.num_input_tokens_seen / self.budget_tokens
+        progress = state.global_step / state.max_steps if known else self._tokens_before_step / self.budget_tokens
         return self.phases[locate(self.phases, progress)]
 
     def facts(self, model, state) -> dict:

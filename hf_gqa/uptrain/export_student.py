@@ -1,12 +1,14 @@
 """Write a trained student as a checkpoint like the one it came from."""
 
 import copy
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -50,9 +52,14 @@ def export_student(
     if not writes:
         return
     if dtype is not None:
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = cast(state, dtype)
     with staged_folder(output, overwrite) as staging:
-        model.save_pretrained(staging, state_dict=state)
+        try:
+            model.save_pretrained(staging, state_dict=state)
+        except SafetensorError as error:
+            raise OSError(
+                errno.EIO, f"writing failed ({error}). Checkpoints are kept: make room, then resume", str(output)
+            ) from None
         _correct_config(staging / "config.json", dtype)
         if source is not None:
             carry_files(source, staging)
@@ -61,6 +68,16 @@ def export_student(
         if source is not None and (source / MANIFEST_FILE).is_file():
             replace(Manifest.read(source), uptraining=uptraining).write(staging)
         also(staging)
+
+
+def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating-point tensors in another dtype; those that were one tensor under several names still are."""
+    made: dict[tuple, torch.Tensor] = {}
+    for tensor in state.values():
+        key = tensor.data_ptr(), tensor.shape
+        if key not in made:
+            made[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
 def _correct_config(path: Path, dtype: torch.dtype | None) -> None:

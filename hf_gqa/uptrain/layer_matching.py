@@ -71,8 +71,8 @@ class LayerOutputs:
                 return None
             teacher_args, teacher_kwargs = self.forced_inputs[layer_idx]
             if args:
-                return (teacher_args[0].to(args[0].dtype), *args[1:]), kwargs
-            forced = teacher_kwargs["hidden_states"].to(kwargs["hidden_states"].dtype)
+                return (teacher_args[0].to(args[0]), *args[1:]), kwargs
+            forced = teacher_kwargs["hidden_states"].to(kwargs["hidden_states"])
             return args, kwargs | {"hidden_states": forced}
 
         return hook

@@ -1,5 +1,7 @@
 """Train adapters on what conversion left alone, and the converted projections in full. Source: LoRA, arXiv 2106.09685."""
 
+import warnings
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -40,4 +42,6 @@ def lora_config(model: PreTrainedModel, rank: int = 16, seed: int = 0) -> LoraCo
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> PeftModel:
-    return get_peft_model(model, lora_config(model, rank, seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+        return get_peft_model(model, lora_config(model, rank, seed))

@@ -90,6 +90,10 @@ class Phase:
     def __post_init__(self):
         if isinstance(self.objective, dict):
             object.__setattr__(self, "objective", _from_dict(Objective, self.objective, "objective"))
+        if not isinstance(self.objective, Objective):
+            raise Refusal(
+                f"phase: objective = {self.objective!r} is not weights, such as {{'kl': 1.0}}. Write them out."
+            )
         if self.train not in TRAINED:
             raise Refusal(f"phase: train = {self.train!r} is unknown. Use one of {', '.join(TRAINED)}.")
         if self.schedule not in SCHEDULES:
@@ -126,11 +130,12 @@ def locate(phases: tuple[Phase, ...], progress: float) -> int:
 
 
 def rate_of_step(phases: tuple[Phase, ...], step: int, num_steps: int, of_attention: bool = False) -> float:
-    """Factor on the learning rate of `step` (from 0): that of the middle of the step, so that no step has rate 0."""
+    """Factor on the learning rate of `step` (from 0): that of the middle of the step in its phase, so never 0."""
     ends = _ends(phases)
     index = locate(phases, step / num_steps)
     begin = ends[index - 1] if index else 0.0
-    inside = ((step + 0.5) / num_steps - begin) / (ends[index] - begin)
+    middle = (step / num_steps + min((step + 1) / num_steps, ends[index])) / 2
+    inside = (middle - begin) / (ends[index] - begin)
     return phases[index].rate_at(min(1.0, max(0.0, inside)), of_attention)
 
 

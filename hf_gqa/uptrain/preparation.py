@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.donor import Donor, open_donor
-from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..convert.manifest import MANIFEST_FILE, Manifest, donor_identity
 from ..refusal import Refusal
+from ..staging import file_sha256
 from .budgeted_rows import BudgetedRows, BudgetedStream
 from .packing import check_packing, packed_rows
 from .recipe import UptrainRecipe
@@ -21,6 +22,7 @@ from .text_source import TextSource, fingerprint, open_documents
 
 
 STEPS_WANTED = 300
+MOST_TOKENS_AT_ONCE = 16_384
 SEQUENCE_LENGTH_WANTED = 1024
 RATE_TIMES_WIDTH = 0.256
 
@@ -99,12 +101,19 @@ def resolve_sizes(recipe: UptrainRecipe, model: PreTrainedModel, processes: int)
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH_WANTED
     length = recipe.sequence_length or min(longest, SEQUENCE_LENGTH_WANTED, recipe.total_tokens)
+    if recipe.total_tokens < max(2, length):
+        raise Refusal(
+            f"budget_tokens = {recipe.total_tokens:,} is less than one row of {max(2, length):,} tokens. Raise the budget, or "
+            f"give a shorter sequence_length."
+        )
     if length > longest:
         raise Refusal(
             f"sequence_length = {length:,}: the student has positions for {longest:,} tokens. Use {longest:,} or fewer."
         )
     share = recipe.gradient_accumulation_steps * processes
-    rows = recipe.per_device_train_batch_size or max(1, round(recipe.total_tokens / (STEPS_WANTED * length * share)))
+    most = max(1, MOST_TOKENS_AT_ONCE // length)
+    fitting = min(most, max(1, round(recipe.total_tokens / (STEPS_WANTED * length * share))))
+    rows = recipe.per_device_train_batch_size or fitting
     steps = max(1, math.ceil(recipe.total_tokens / (rows * length * share)))
     return replace(
         recipe,
@@ -157,7 +166,8 @@ def prepare_text(recipe: UptrainRecipe, student: Student, teacher: PreTrainedMod
         rows = text_rows(recipe.text_source(), recipe, student)
         identity = fingerprint(recipe.text_source())
     if recipe.eval_file:
-        held_out = text_rows(TextSource(train_file=recipe.eval_file), recipe, student)
+        held_out, of_eval = eval_rows(recipe, student)
+        identity = f"{identity}, evaluated on {of_eval}"
     else:
         rows, held_out = hold_out(rows, max(1, recipe.eval_tokens // length))
     fill = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -166,10 +176,19 @@ def prepare_text(recipe: UptrainRecipe, student: Student, teacher: PreTrainedMod
     return Text(train=train, all_rows=rows, eval=held_out, fingerprint=identity, passes=getattr(train, "passes", None))
 
 
+def eval_rows(recipe: UptrainRecipe, student: Student) -> tuple[Dataset, str]:
+    """Rows of the files to evaluate on, and their fingerprint."""
+    source = TextSource(train_file=recipe.eval_file)
+    try:
+        return text_rows(source, recipe, student), fingerprint(source)
+    except Refusal as error:
+        raise Refusal(str(error).replace("train_file", "eval_file")) from None
+
+
 def text_rows(source: TextSource, recipe: UptrainRecipe, student: Student) -> Dataset | IterableDataset:
     """Packed rows of a source, for a model that keeps documents in a row apart, or is not asked to."""
     if not recipe.attend_across_documents:
-        check_packing(student.model)
+        check_packing(student.model, min(2, recipe.per_device_train_batch_size))  # one row, or several
     return packed_rows(
         open_documents(source, student.tokenizer),
         student.tokenizer,
@@ -198,7 +217,7 @@ def open_stored_teacher(recipe: UptrainRecipe, text: Text, vocab_size: int) -> S
     return StoredTeacher.open(recipe.teacher_logits, text.all_rows, vocab_size=vocab_size)
 
 
-def facts_of_run(recipe: UptrainRecipe, student: Student, text: Text) -> dict:
+def facts_of_run(recipe: UptrainRecipe, student: Student, donor: Donor | None, text: Text) -> dict:
     """What a run that resumes must agree with."""
     names = (
         "logging_steps",
@@ -215,6 +234,8 @@ def facts_of_run(recipe: UptrainRecipe, student: Student, text: Text) -> dict:
     facts = {
         "recipe": asked | {"phases": [asdict(phase) for phase in recipe.resolved_phases()]},
         "plan": plan,
+        "student": {path.name: file_sha256(path) for path in sorted(student.folder.glob("*.safetensors"))},
+        "teacher": donor_identity(donor) if donor is not None else None,
         "text": text.fingerprint,
     }
     return json.loads(json.dumps(facts))

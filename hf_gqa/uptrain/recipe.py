@@ -1,7 +1,9 @@
 """What a run of uptraining shall be: the options of `hf-gqa uptrain`, checked, as one value."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 
@@ -27,7 +29,8 @@ class UptrainRecipe:
         sample_from_teacher: no data: the donor samples its own, `sampled_tokens` of it; None: as many as the budget.
         eval_file: text to evaluate on; without it, `eval_tokens` of the training text are held out.
         budget_tokens, budget_fraction, pretraining_tokens: how long to train.
-        objective: name of a file in `objectives/`; None: "distill" with a teacher, else "cross_entropy".
+        objective: name of a file in `objectives/`; None: "distill" with a teacher, "kl" with its
+            stored logits, else "cross_entropy".
         phases: in place of an objective, for what no file offers.
         train: in place of the objective's own choice of what to train.
         lora_rank: train adapters of this rank, and the converted projections in full, instead of everything.
@@ -76,15 +79,17 @@ class UptrainRecipe:
     export: str = "last"
 
     def __post_init__(self):
-        for name in ("train_file", "eval_file"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        phases = tuple(Phase.from_dict(phase) if isinstance(phase, dict) else phase for phase in self.phases or ())
-        object.__setattr__(self, "phases", phases)
+        self._make_tuples()
+        self._check_types()
         for name in WHOLE:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and value < 1:
                 raise Refusal(f"{name} = {value!r} is not a positive whole number. Use 1 or more.")
+        for name in ("teacher", "teacher_logits", "dataset_name"):
+            if getattr(self, name) == "":
+                raise Refusal(f"{name} = '' names nothing. Give a folder or a repository, or leave it out.")
+        if not 0 <= self.seed < 2**32:
+            raise Refusal(f"seed = {self.seed} is out of range. Use a whole number from 0 to {2**32 - 1:,}.")
         self._check_text()
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise Refusal(f"learning_rate = {self.learning_rate!r}: use a number between 0 and 1, such as 1e-4.")
@@ -99,6 +104,33 @@ class UptrainRecipe:
         OBJECTIVES.get(self.objective or "distill")
         resolve_budget(self.budget_tokens, self.budget_fraction, self.pretraining_tokens)
 
+    def _make_tuples(self) -> None:
+        for name in ("train_file", "eval_file", "phases"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else value
+            if not isinstance(value, list | tuple | None):
+                raise Refusal(f"{name} = {value!r} is not a list. Write each on a line of its own, after '- '.")
+            object.__setattr__(self, name, tuple(value or ()))
+        for name in ("train_file", "eval_file"):
+            if not all(isinstance(file, str) for file in getattr(self, name)):
+                raise Refusal(f"{name} = {list(getattr(self, name))!r} holds what is no path. Put paths in quotes.")
+        phases = [phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases]
+        object.__setattr__(self, "phases", tuple(phases))
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), get_args(field.type) or (field.type,)
+            if float in kinds and isinstance(value, str):
+                with suppress(ValueError):  # YAML reads 1e-4, without a dot, as text
+                    value = float(value)
+                    object.__setattr__(self, field.name, value)
+            fits = isinstance(value, (tuple, *kinds)) if get_origin(field.type) is tuple else isinstance(value, kinds)
+            fits = fits or (float in kinds and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
+                names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+                wanted = " or ".join(names[kind] for kind in kinds if kind in names)
+                raise Refusal(f"{field.name} = {value!r} is not {wanted}. Correct it, or leave it out.")
+
     def _check_text(self) -> None:
         ways = {"--train-file": self.train_file, "--dataset-name": self.dataset_name}
         ways["--sample-from-teacher"] = self.sample_from_teacher
@@ -107,7 +139,7 @@ class UptrainRecipe:
             raise Refusal(f"text: got {', '.join(given) or 'none'}. Give exactly one of {', '.join(ways)}.")
         if self.sample_from_teacher and self.teacher is None:
             raise Refusal("--sample-from-teacher: there is no teacher to sample from. Give --teacher.")
-        if self.teacher_logits is not None and (self.streaming or self.lora_rank):
+        if self.teacher_logits is not None and self.streaming:
             raise Refusal("--teacher-logits: are stored row by row for a corpus on disk. Leave --streaming out.")
         if not self.sample_from_teacher:
             self.text_source()
@@ -122,8 +154,8 @@ class UptrainRecipe:
 
     def resolved_phases(self) -> tuple[Phase, ...]:
         """The phases themselves, whatever named them."""
-        has_teacher = self.teacher is not None or self.teacher_logits is not None
-        name = self.objective or ("distill" if has_teacher else "cross_entropy")
+        default = "kl" if self.teacher_logits else "distill" if self.teacher else "cross_entropy"
+        name = self.objective or default
         phases = self.phases or OBJECTIVES.get(name)
         return phases if self.train is None else tuple(replace(phase, train=self.train) for phase in phases)
 
@@ -148,7 +180,7 @@ def read_recipe(path: Path) -> dict:
     """The keys of a recipe file; `UptrainRecipe.from_dict` checks them once the command's own options are merged in."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise Refusal(f"{path}: not a readable YAML file ({' '.join(str(error).split())}). Correct it.") from None
     if not isinstance(values, dict):
         raise Refusal(f"{path}: holds {type(values).__name__}, expected keys such as 'budget_tokens: 163840'.")

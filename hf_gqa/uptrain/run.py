@@ -3,8 +3,10 @@
 import json
 import shutil
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import datasets
@@ -15,8 +17,9 @@ from transformers import PrinterCallback, TrainingArguments
 from ..convert.donor import Donor
 from ..convert.manifest import donor_identity
 from ..refusal import Refusal
-from ..staging import check_output
+from ..staging import check_apart, check_output
 from .callback import UptrainCallback, cache_facts
+from .checkpoints import RECORD_FILE
 from .export_student import export_student
 from .lora import add_lora
 from .packing import PackedCollator
@@ -76,40 +79,62 @@ class UptrainRun:
         recipe: what to do.
         overwrite: replace `output`, and discard an unfinished run.
         resume: go on where an unfinished run of the same recipe stopped.
+        explain_only: sample only a little where the text is sampled, for a run that is not going to be.
 
     Raises:
         Refusal: bad input; nothing is written.
     """
 
     def __init__(
-        self, student: str | Path, output: str | Path, recipe: UptrainRecipe, *, overwrite=False, resume=False
+        self,
+        student: str | Path,
+        output: str | Path,
+        recipe: UptrainRecipe,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        explain_only: bool = False,
     ):
         self.output, self.overwrite, self.resume = Path(output).expanduser(), overwrite, resume
         self.work = self.output.parent / f"{self.output.name}.unfinished"
-        check_output(self.output, overwrite, Path(student))
+        check_outputs(self.output, overwrite, student, recipe)
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         self._check_work()
         self.student: Student = open_student(student, getattr(torch, recipe.dtype))
         self.recipe = resolve_sizes(recipe, self.student.model, PartialState().num_processes)
         self.donor: Donor | None = open_teacher(recipe, self.student)
-        donor_id = json.dumps(donor_identity(self.donor)) if recipe.sample_from_teacher else ""
-        sampler = self._load_donor() if recipe.sample_from_teacher else None
+        self.text: Text = self._sampled_a_little() if explain_only and recipe.sample_from_teacher else self._text()
+        try:
+            self.trainer = self._make_trainer()
+        finally:  # Trainer makes its folder before there is anything to put into it
+            with suppress(OSError):
+                self.work.rmdir()
+
+    def _text(self) -> Text:
+        donor_id, sampler = "", None
+        if self.recipe.sample_from_teacher:
+            donor_id, sampler = json.dumps(donor_identity(self.donor)), self._load_donor()
         with PartialState().main_process_first():
-            self.text: Text = prepare_text(self.recipe, self.student, sampler, self.work, donor_id)
-        self.trainer = self._make_trainer()
+            return prepare_text(self.recipe, self.student, sampler, self.work, donor_id)
+
+    def _sampled_a_little(self) -> Text:
+        recipe, work = self.recipe, self.work
+        few = 32 * recipe.sequence_length
+        with tempfile.TemporaryDirectory() as folder:
+            self.recipe, self.work = replace(recipe, sampled_tokens=few, eval_tokens=few), Path(folder)
+            text = self._text()
+        self.recipe, self.work = recipe, work
+        return replace(text, passes=recipe.total_tokens / (recipe.sampled_tokens or recipe.total_tokens))
 
     def _check_work(self) -> None:
-        has_checkpoints = any(self.work.glob("checkpoint-*"))
+        has_checkpoints = any(self.work.glob(f"checkpoint-*/{RECORD_FILE}"))
         if self.resume and not has_checkpoints:
             raise Refusal(f"{self.work}: holds no checkpoint to resume. Run without --resume.")
         if has_checkpoints and not (self.resume or self.overwrite):
             raise Refusal(
                 f"{self.work}: is an unfinished run. Use --resume to go on with it, or --overwrite to discard it."
             )
-        if has_checkpoints and not self.resume and PartialState().is_main_process:
-            for folder in self.work.glob("checkpoint-*"):
-                shutil.rmtree(folder)
 
     def _load_donor(self):
         return self.donor.model_class.from_pretrained(
@@ -135,7 +160,7 @@ class UptrainRun:
             callbacks=[UptrainProgress(recipe.total_tokens)],
         )
         trainer.remove_callback(PrinterCallback)  # the bar shows it, the log keeps it
-        trainer.facts = facts_of_run(recipe, self.student, self.text)
+        trainer.facts = facts_of_run(recipe, self.student, self.donor, self.text)
         return trainer
 
     def _arguments(self) -> TrainingArguments:
@@ -148,6 +173,7 @@ class UptrainRun:
         return TrainingArguments(
             output_dir=str(self.work),
             num_train_epochs=1,
+            train_sampling_strategy="sequential",  # the rows are in their order already
             per_device_train_batch_size=recipe.per_device_train_batch_size,
             per_device_eval_batch_size=max(1, min(16, 8192 // recipe.sequence_length)),
             gradient_accumulation_steps=recipe.gradient_accumulation_steps,
@@ -169,6 +195,7 @@ class UptrainRun:
             remove_unused_columns=False,
             disable_tqdm=True,
             report_to="none",
+            accelerator_config={"dispatch_batches": False},  # a stream is cut up by its readers, not by one of them
             **{checkpointing: recipe.gradient_checkpointing},
         )
 
@@ -210,6 +237,9 @@ class UptrainRun:
         begun = time.perf_counter()
         explanation = self.explanation()
         trainer = self.trainer
+        if not self.resume and trainer.is_world_process_zero():
+            for folder in self.work.glob("checkpoint-*"):  # of a run that --overwrite discards
+                shutil.rmtree(folder)
         trainer.train(resume_from_checkpoint=True if self.resume else None)
         seconds = time.perf_counter() - begun
         model = trainer.model.merge_and_unload() if hasattr(trainer.model, "merge_and_unload") else trainer.model
@@ -262,9 +292,6 @@ class _RunTrainer(UptrainTrainer):
     def checkpoint_facts(self) -> dict:
         return self.facts
 
-    def _get_train_sampler(self, *args, **kwargs):
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # the rows are in their order already
-
 
 def uptrain(student: str | Path, output: str | Path, recipe: UptrainRecipe, *, overwrite=False, resume=False):
     """Give a converted student its quality back: train it for a budget of tokens, and write it to `output`.
@@ -288,6 +315,14 @@ def uptrain(student: str | Path, output: str | Path, recipe: UptrainRecipe, *, o
     return UptrainRun(student, output, recipe, overwrite=overwrite, resume=resume).train()
 
 
+def check_outputs(output: Path, overwrite: bool, student: str | Path, recipe: UptrainRecipe) -> None:
+    """Refuse an output that exists, or that touches what is only read."""
+    for folder, whose in ((student, "student"), (recipe.teacher, "teacher")):
+        if folder is not None and Path(folder).expanduser().is_dir():
+            check_apart(output, Path(folder).expanduser(), whose)
+    check_output(output, overwrite, None)
+
+
 def write_teacher_of_recipe(
     student: str | Path, output: str | Path, recipe: UptrainRecipe, top_k: int
 ) -> StoredTeacher:
@@ -298,6 +333,7 @@ def write_teacher_of_recipe(
     """
     if recipe.teacher is None or recipe.streaming:
         raise Refusal("teacher-logits: needs a recipe with a teacher, and text that is not streamed.")
+    check_outputs(Path(output).expanduser() / "logits", False, student, recipe)
     opened = open_student(student, getattr(torch, recipe.dtype))
     recipe = resolve_sizes(recipe, opened.model, PartialState().num_processes)
     donor = open_teacher(recipe, opened)

@@ -69,13 +69,13 @@ def token_loss(
     """
     if not logits_NV.is_contiguous():
         logits_NV = logits_NV.contiguous()
-    return _TokenLoss.apply(logits_NV, labels_N, teacher_logits, weights, num_items, chunk_tokens)
+    overwrites = torch.is_grad_enabled() and logits_NV.requires_grad
+    return _TokenLoss.apply(logits_NV, labels_N, teacher_logits, weights, num_items, chunk_tokens, overwrites)
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV, labels_N, teacher_logits, weights, num_items, chunk_tokens):
-        wants_gradient = ctx.needs_input_grad[0]
+    def forward(ctx, logits_NV, labels_N, teacher_logits, weights, num_items, chunk_tokens, overwrites):
         parts = torch.zeros(len(PARTS), dtype=torch.float32, device=logits_NV.device)
         loss = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         written = logits_NV.detach()
@@ -85,9 +85,9 @@ class _TokenLoss(torch.autograd.Function):
             total, chunk_parts, gradient = _chunk(written[start:stop], labels_N[start:stop], teacher, weights)
             loss += total
             parts += chunk_parts
-            if wants_gradient:
+            if overwrites:
                 written[start:stop].copy_(gradient.div_(num_items))
-        if wants_gradient:
+        if overwrites:
             ctx.save_for_backward(written)
         ctx.mark_non_differentiable(parts)
         return loss / num_items, parts
@@ -96,7 +96,7 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_gradient, parts_gradient):
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV.mul_(loss_gradient.to(gradient_NV.dtype)), None, None, None, None, None
+        return gradient_NV.mul_(loss_gradient.to(gradient_NV.dtype)), None, None, None, None, None, None
 
 
 def _chunk(logits_nV, labels_n, teacher_nV, weights: TokenWeights):
@@ -107,38 +107,41 @@ def _chunk(logits_nV, labels_n, teacher_nV, weights: TokenWeights):
     student_log_nV = student_nV.log_softmax(-1)
     cross_entropy = _sum(-student_log_nV.gather(-1, label_n1).squeeze(-1), counts_n)
     loss = weights.cross_entropy * cross_entropy
-    gradient = _minus_one_hot(student_log_nV.exp(), label_n1).mul_(weights.cross_entropy)
+    choice_weight = weights.teacher_choice if teacher_nV is not None else 0.0
+    gradient = student_log_nV.exp().mul_(weights.cross_entropy + choice_weight)
+    _add_at(gradient, label_n1, -weights.cross_entropy)
     kl = teacher_cross_entropy = agreement = torch.zeros_like(cross_entropy)
     if teacher_nV is not None:
         teacher_log_nV = teacher_nV.log_softmax(-1)
-        kl = _sum(_kl(teacher_log_nV, student_log_nV), counts_n)
         teacher_cross_entropy = _sum(-teacher_log_nV.gather(-1, label_n1).squeeze(-1), counts_n)
         choice_n1 = teacher_nV.argmax(-1, keepdim=True)
         agreement = _sum((choice_n1.squeeze(-1) == student_nV.argmax(-1)).float(), counts_n)
-        if weights.teacher_choice:
-            hard_loss = _sum(-student_log_nV.gather(-1, choice_n1).squeeze(-1), counts_n)
-            loss = loss + weights.teacher_choice * hard_loss
-            gradient.add_(_minus_one_hot(student_log_nV.exp(), choice_n1), alpha=weights.teacher_choice)
-        soft_loss = kl
-        if weights.temperature != 1.0:
-            teacher_log_nV = (teacher_nV / weights.temperature).log_softmax(-1)
-            student_log_nV = (student_nV / weights.temperature).log_softmax(-1)
-            soft_loss = _sum(_kl(teacher_log_nV, student_log_nV), counts_n)
-        loss = loss + weights.kl * weights.temperature**2 * soft_loss
-        soft_gradient = student_log_nV.exp().sub_(teacher_log_nV.exp())
-        gradient.add_(soft_gradient, alpha=weights.kl * weights.temperature)
+        if choice_weight:
+            loss = loss + choice_weight * _sum(-student_log_nV.gather(-1, choice_n1).squeeze(-1), counts_n)
+            _add_at(gradient, choice_n1, -choice_weight)
+        temperature = weights.temperature
+        kl_n = _kl(teacher_log_nV, student_log_nV, gradient, weights.kl if temperature == 1.0 else 0.0)
+        kl = soft_loss = _sum(kl_n, counts_n)
+        if temperature != 1.0:
+            soft_teacher_nV = (teacher_nV / temperature).log_softmax(-1)
+            soft_student_nV = (student_nV / temperature).log_softmax(-1)
+            soft_loss = _sum(_kl(soft_teacher_nV, soft_student_nV, gradient, weights.kl * temperature), counts_n)
+        loss = loss + weights.kl * temperature**2 * soft_loss
     gradient[~counts_n] = 0
     return loss, torch.stack([kl, cross_entropy, teacher_cross_entropy, agreement, counts_n.sum().float()]), gradient
 
 
-def _minus_one_hot(probabilities_nV: torch.Tensor, chosen_n1: torch.Tensor) -> torch.Tensor:
-    """The gradient of a cross-entropy, in place."""
-    return probabilities_nV.scatter_add_(-1, chosen_n1, probabilities_nV.new_full(chosen_n1.shape, -1.0))
+def _kl(teacher_log_nV, student_log_nV, gradient_nV, weight: float) -> torch.Tensor:
+    """Forward KL of each token; `weight` times its gradient is added to `gradient_nV`."""
+    teacher_nV = teacher_log_nV.exp()
+    if weight:
+        gradient_nV.add_(student_log_nV.exp(), alpha=weight).sub_(teacher_nV, alpha=weight)
+    return teacher_nV.mul_(teacher_log_nV - student_log_nV).sum(-1)
 
 
-def _kl(teacher_log_nV: torch.Tensor, student_log_nV: torch.Tensor) -> torch.Tensor:
-    """Forward KL of each token."""
-    return torch.nn.functional.kl_div(student_log_nV, teacher_log_nV, log_target=True, reduction="none").sum(-1)
+def _add_at(gradient_nV: torch.Tensor, chosen_n1: torch.Tensor, amount: float) -> None:
+    """In place, at one token of each row."""
+    gradient_nV.scatter_add_(-1, chosen_n1, gradient_nV.new_full(chosen_n1.shape, amount))
 
 
 def _sum(values_n: torch.Tensor, counts_n: torch.Tensor) -> torch.Tensor:

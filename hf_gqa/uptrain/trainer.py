@@ -24,6 +24,7 @@ from .top_k_loss import top_k_kl
 
 
 EVALUATION = Objective(cross_entropy=1.0)
+GAP = "eval_gap_nats_per_token"
 LAYER_PARTS = ("attention_output", "hidden_state")
 
 
@@ -153,7 +154,8 @@ class DistillationMixin:
                 self._layers[0].forced_inputs = {}
             return model(**inputs)
         forced = self._layers[1].attention_inputs if objective.teacher_forced else None
-        if objective.teacher_forced and self.accelerator.distributed_type == DistributedType.NO:
+        alike = self.teacher.dtype == self.bare_model.dtype and self.teacher.device == self.bare_model.device
+        if objective.teacher_forced and alike and self.accelerator.distributed_type == DistributedType.NO:
             return self._layers[0].run_attention(forced)  # nothing wraps the model that would have to see it
         with self._layers[0].recorded(forced):
             return model(**inputs, **({"logits_to_keep": 1} if objective.teacher_forced else {}))
@@ -162,7 +164,7 @@ class DistillationMixin:
         stored_kl = torch.zeros((), device=logits.device)
         flat, labels_N = logits.flatten(0, 1), next_token_labels(labels)
         kl = objective.kl
-        if isinstance(self.teacher, StoredTeacher) and logits.requires_grad:
+        if isinstance(self.teacher, StoredTeacher) and kl and logits.requires_grad:
             mixed = objective.cross_entropy > 0
             ids_BSk, log_probs_BSk = self.teacher.rows(rows)
             stored_kl = top_k_kl(
@@ -170,12 +172,12 @@ class DistillationMixin:
                 ids_BSk.flatten(0, 1).to(flat.device),
                 log_probs_BSk.flatten(0, 1).to(flat.device),
                 (labels_N != -100) / num_items,
-                in_place=not mixed,
+                in_place=True,
             )
             self._add("kl", stored_kl.detach() * num_items, (labels_N != -100).sum())
             if not mixed:
                 return kl * stored_kl
-            kl = 0.0
+            kl, flat = 0.0, flat.clone()  # both losses write their gradient over the logits
         weights = TokenWeights(
             kl=kl if teacher is not None else 0.0,
             cross_entropy=objective.cross_entropy,
@@ -232,12 +234,13 @@ class DistillationMixin:
         facts = {"eval_loss": means["cross_entropy"]}
         if "teacher_cross_entropy" in means:
             gap = means["cross_entropy"] - means["teacher_cross_entropy"]
-            self._first_gap = gap if self._first_gap is None else self._first_gap
+            logged = (entry[GAP] for entry in self.state.log_history if GAP in entry)  # of a run that is resumed
+            self._first_gap = next(logged, gap) if self._first_gap is None else self._first_gap
             facts |= {
                 "eval_teacher_loss": means["teacher_cross_entropy"],
                 "eval_kl_nats_per_token": means["kl"],
                 "eval_top1_agreement_fraction": means["agreement"],
-                "eval_gap_nats_per_token": gap,
+                GAP: gap,
             }
             if self._first_gap > 0:
                 facts["eval_gap_closed_fraction"] = 1 - gap / self._first_gap
