@@ -134,7 +134,7 @@ def heads_of(first: str = "") -> list[str]:
 
 def memory_sharded() -> str:
     rows = []
-    for way in state_bytes(SHAPES[0]):
+    for way in (way for way in state_bytes(SHAPES[0]) if "LoRA" not in way):  # which cannot be sharded
         for gpus in GPUS[1:]:
             sizes = [under_fsdp(s, way, *state_bytes(s)[way], gpus) for s in SHAPES]
             cells = [f"{gb(size)}{'' if size < GPU_BYTES else ' (no)'}" for size in sizes]

@@ -51,6 +51,9 @@ def export_student(
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not writes:
         return
+    first = {}  # sharded, what is one parameter under several names was gathered once for each
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state[name] = state[first.setdefault(id(parameter), name)]
     if dtype is not None:
         state = cast(state, dtype)
     with staged_folder(output, overwrite) as staging:

@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from ..convert.families import family_of
+from ..convert.layouts import layout_of
 from ..refusal import Refusal
 
 
@@ -18,14 +18,15 @@ def trained_names(model: nn.Module, train: str) -> frozenset[str]:
     Raises:
         Refusal: nothing would be trained.
     """
-    layout = family_of(model.config.model_type, "phase").layout_of(model.config.model_type) if train != "all" else None
+    layout = layout_of(model.config.model_type, "phase") if train != "all" else None
     pattern = ""
     if train == "attention":
         pattern = _attention(layout)
     elif train == "key_value":
         names = [layout.key, layout.value] if layout.fused is None else [layout.fused]
         pattern = f"{_attention(layout)}({'|'.join(map(re.escape, names))})\\."
-    found = frozenset(name for name, tensor in model.named_parameters() if re.search(pattern, name))
+    names = (name for name, _ in model.named_parameters())
+    found = frozenset(name for name in names if re.search(pattern, name.replace("_checkpoint_wrapped_module.", "")))
     if not any(tensor.requires_grad for name, tensor in model.named_parameters() if name in found):
         raise Refusal(
             f"train = {train}: no such parameter of this model requires a gradient. Unfreeze them, or train something else."

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..convert.families import family_of
+from ..convert.layouts import layout_of
 
 
 class LayerOutputs:
@@ -23,7 +23,7 @@ class LayerOutputs:
     """
 
     def __init__(self, model: PreTrainedModel):
-        layout = family_of(model.config.model_type, "layer matching").layout_of(model.config.model_type)
+        layout = layout_of(model.config.model_type, "layer matching")
         self.attention, self.hidden, self.attention_inputs = {}, {}, {}
         self.attention_modules: dict[int, nn.Module] = {}
         self.forced_inputs: dict[int, torch.Tensor] = {}

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from ..convert.families import family_of
+from ..convert.layouts import layout_of
 from ..refusal import Refusal
 
 
@@ -23,7 +23,7 @@ def lora_config(model: PreTrainedModel, rank: int = 16, seed: int = 0) -> LoraCo
     Raises:
         Refusal: the family is unknown, or its key and value projections are not separate.
     """
-    layout = family_of(model.config.model_type, "lora").layout_of(model.config.model_type)
+    layout = layout_of(model.config.model_type, "lora")
     if layout.fused is not None:
         raise Refusal(
             f"lora: '{layout.model_type}' keeps queries, keys and values in one projection, '{layout.fused}', so the "
@@ -44,4 +44,5 @@ def lora_config(model: PreTrainedModel, rank: int = 16, seed: int = 0) -> LoraCo
 def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # peft sets it right where GPT-2 needs it
         return get_peft_model(model, lora_config(model, rank, seed))

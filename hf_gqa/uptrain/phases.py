@@ -96,6 +96,11 @@ class Phase:
             )
         if self.train not in TRAINED:
             raise Refusal(f"phase: train = {self.train!r} is unknown. Use one of {', '.join(TRAINED)}.")
+        if self.objective.teacher_forced and self.train == "all":
+            raise Refusal(
+                "phase: teacher_forced teaches attention modules only, so train = 'all' would leave the rest to weight decay. "
+                "Use train = 'attention' or 'key_value'."
+            )
         if self.schedule not in SCHEDULES:
             raise Refusal(f"phase: schedule = {self.schedule!r} is unknown. Use one of {', '.join(SCHEDULES)}.")
         if self.attention_learning_rate is None:

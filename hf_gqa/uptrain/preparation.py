@@ -122,7 +122,7 @@ def resolve_sizes(recipe: UptrainRecipe, model: PreTrainedModel, processes: int)
         learning_rate=recipe.learning_rate or float(f"{RATE_TIMES_WIDTH / config.hidden_size:.2g}"),
         eval_tokens=recipe.eval_tokens or min(16_384, max(2048, recipe.total_tokens // 20)),
         logging_steps=recipe.logging_steps or max(1, steps // 100),
-        eval_steps=recipe.eval_steps or max(1, steps // 5),
+        eval_steps=min(steps, recipe.eval_steps or max(1, steps // 5)),
         save_steps=recipe.save_steps or max(1, steps // 5),
     )
 
@@ -182,7 +182,7 @@ def eval_rows(recipe: UptrainRecipe, student: Student) -> tuple[Dataset, str]:
     try:
         return text_rows(source, recipe, student), fingerprint(source)
     except Refusal as error:
-        raise Refusal(str(error).replace("train_file", "eval_file")) from None
+        raise Refusal(f"text to evaluate on: {error}".replace("train_file", "eval_file")) from None
 
 
 def text_rows(source: TextSource, recipe: UptrainRecipe, student: Student) -> Dataset | IterableDataset:
@@ -200,7 +200,10 @@ def text_rows(source: TextSource, recipe: UptrainRecipe, student: Student) -> Da
 def hold_out(rows: Dataset | IterableDataset, wanted: int):
     """(rows to train on, rows to evaluate on): of a stream its first rows; of a corpus every n-th, at most a tenth."""
     if isinstance(rows, IterableDataset):
-        return rows.skip(wanted), Dataset.from_list(list(rows.take(wanted)))
+        kept = rows.skip(wanted)
+        if next(iter(kept), None) is None:
+            raise Refusal(f"text: the stream ends within the {wanted:,} rows that are held out. Lower --eval-tokens.")
+        return kept, Dataset.from_list(list(rows.take(wanted)))
     if len(rows) < 2:
         raise Refusal(
             f"text: fills {len(rows)} row of sequence_length, so none is left to evaluate on. Give more text, a shorter "

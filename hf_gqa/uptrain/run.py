@@ -1,6 +1,7 @@
 """From a student on disk to an uptrained student on disk."""
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from ..convert.donor import Donor
 from ..convert.manifest import donor_identity
@@ -40,6 +41,7 @@ from .trainer import UptrainTrainer
 from .write_teacher_logits import write_teacher_logits
 
 
+OF_A_RUN = re.compile(r"(_replaced-)?checkpoint-\d+|sampled")
 RESULT_FILE, PLOT_FILE = "uptraining.json", "uptraining.svg"
 
 
@@ -105,16 +107,20 @@ class UptrainRun:
         self.recipe = resolve_sizes(recipe, self.student.model, PartialState().num_processes)
         self.donor: Donor | None = open_teacher(recipe, self.student)
         self.text: Text = self._sampled_a_little() if explain_only and recipe.sample_from_teacher else self._text()
+        made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
         try:
             self.trainer = self._make_trainer()
         finally:  # Trainer makes its folder before there is anything to put into it
             with suppress(OSError):
-                self.work.rmdir()
+                for folder in made:
+                    folder.rmdir()
 
     def _text(self) -> Text:
         donor_id, sampler = "", None
         if self.recipe.sample_from_teacher:
-            donor_id, sampler = json.dumps(donor_identity(self.donor)), self._load_donor()
+            if self.overwrite and not self.resume and PartialState().is_main_process:
+                shutil.rmtree(self.work / "sampled", ignore_errors=True)
+            donor_id, sampler = json.dumps(donor_identity(self.donor)), load_whole(self.donor, self.student.model.dtype)
         with PartialState().main_process_first():
             return prepare_text(self.recipe, self.student, sampler, self.work, donor_id)
 
@@ -128,6 +134,12 @@ class UptrainRun:
         return replace(text, passes=recipe.total_tokens / (recipe.sampled_tokens or recipe.total_tokens))
 
     def _check_work(self) -> None:
+        foreign = [] if self.work.is_dir() else [self.work] * self.work.exists()
+        foreign = foreign or [path for path in self.work.glob("*") if not OF_A_RUN.fullmatch(path.name)]
+        if foreign:
+            raise Refusal(
+                f"{foreign[0]}: no run wrote it, and the run needs that place. Move it, or give another output."
+            )
         has_checkpoints = any(self.work.glob(f"checkpoint-*/{RECORD_FILE}"))
         if self.resume and not has_checkpoints:
             raise Refusal(f"{self.work}: holds no checkpoint to resume. Run without --resume.")
@@ -135,11 +147,6 @@ class UptrainRun:
             raise Refusal(
                 f"{self.work}: is an unfinished run. Use --resume to go on with it, or --overwrite to discard it."
             )
-
-    def _load_donor(self):
-        return self.donor.model_class.from_pretrained(
-            self.donor.folder, config=self.donor.config, dtype=self.student.model.dtype
-        ).eval()
 
     def _make_trainer(self) -> UptrainTrainer:
         recipe, model = self.recipe, self.student.model
@@ -159,6 +166,11 @@ class UptrainRun:
             teacher=open_stored_teacher(recipe, self.text, model.config.vocab_size) or self.donor,
             callbacks=[UptrainProgress(recipe.total_tokens)],
         )
+        if recipe.lora_rank is not None and trainer.is_fsdp_enabled:
+            raise Refusal(
+                "--lora-rank: adapters of a student in shards cannot be merged. Launch with DDP "
+                "(examples/accelerate/ddp.yaml), or train without adapters."
+            )
         trainer.remove_callback(PrinterCallback)  # the bar shows it, the log keeps it
         trainer.facts = facts_of_run(recipe, self.student, self.donor, self.text)
         return trainer
@@ -337,11 +349,19 @@ def write_teacher_of_recipe(
     opened = open_student(student, getattr(torch, recipe.dtype))
     recipe = resolve_sizes(recipe, opened.model, PartialState().num_processes)
     donor = open_teacher(recipe, opened)
-    teacher = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=opened.model.dtype).eval()
+    teacher = load_whole(donor, opened.model.dtype)
     identity = json.dumps(donor_identity(donor))
-    text = prepare_text(recipe, opened, teacher, Path(f"{output}.sampled"), identity)
+    sampled = Path(f"{output}.sampled")
+    text = prepare_text(recipe, opened, teacher, sampled, identity)
     write_teacher_logits(teacher, text.all_rows, output, top_k=top_k, donor_id=identity)
+    shutil.rmtree(sampled, ignore_errors=True)
     return StoredTeacher.open(output, text.all_rows, vocab_size=donor.config.vocab_size)
+
+
+def load_whole(donor: Donor, dtype: torch.dtype) -> PreTrainedModel:
+    """The donor as a model of its own, where this process computes."""
+    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=dtype)
+    return model.eval().to(PartialState().device)
 
 
 @torch.no_grad()

@@ -84,6 +84,8 @@ class DistillationMixin:
             teacher = open_donor(teacher)
         if isinstance(teacher, Donor):
             teacher = load_teacher(teacher, self.model)
+            if not self.place_model_on_device:  # Trainer leaves a student that FSDP shards on the CPU
+                teacher = teacher.to(self.args.device)
         check_vocabulary(teacher, self.bare_model)
         return teacher.eval().requires_grad_(False)
 
@@ -124,7 +126,7 @@ class DistillationMixin:
         """The current phase's objective on one micro-batch; in evaluation the plain cross-entropy."""
         objective = self.uptrain.phase(self.state).objective if model.training else EVALUATION
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels") if model.training else self._without_repeats(inputs.pop("labels"))
         rows = inputs.pop("row", None)
         inputs["use_cache"] = False
         num_items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
@@ -133,10 +135,25 @@ class DistillationMixin:
         loss = torch.zeros((), device=labels.device)
         if not objective.teacher_forced:
             loss = loss + self._token_loss(outputs.logits, labels, teacher, rows, objective, num_items)
-        loss = loss + self._layer_loss(labels, objective, num_items)
+        loss = loss + self._layer_loss(labels, objective, num_items) + self._whole_graph(outputs, objective)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // max(1, self.get_tp_size()))
         return (loss, outputs) if return_outputs else loss
+
+    def _without_repeats(self, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Accelerate fills the last batch of an evaluation with rows from its beginning; they count once."""
+        state = self.accelerator.gradient_state
+        if not (state.in_dataloader and state.end_of_dataloader and state.remainder > 0):
+            return labels_BS
+        first = self.accelerator.process_index * len(labels_BS)
+        rows_B = torch.arange(first, first + len(labels_BS), device=labels_BS.device)
+        return labels_BS.masked_fill((rows_B >= state.remainder).unsqueeze(-1), -100)
+
+    def _whole_graph(self, outputs, objective: Objective) -> torch.Tensor | float:
+        """Zero; FSDP gathers and reduces parameters when a gradient of what the model returned comes by."""
+        if not objective.teacher_forced or self.accelerator.distributed_type != DistributedType.FSDP:
+            return 0.0
+        return 0.0 * outputs.logits.float().sum()
 
     def _teacher_pass(self, inputs: dict, objective: Objective):
         """The batch's teacher logits in chunks; with layers to match, what they put out is recorded on the way."""
@@ -154,7 +171,9 @@ class DistillationMixin:
                 self._layers[0].forced_inputs = {}
             return model(**inputs)
         forced = self._layers[1].attention_inputs if objective.teacher_forced else None
-        alike = self.teacher.dtype == self.bare_model.dtype and self.teacher.device == self.bare_model.device
+        student, kind = self.bare_model, self.teacher.config.model_type.removeprefix("gqa_")
+        alike = (student.dtype, student.device) == (self.teacher.dtype, self.teacher.device)
+        alike = alike and student.config.model_type.removeprefix("gqa_") == kind
         if objective.teacher_forced and alike and self.accelerator.distributed_type == DistributedType.NO:
             return self._layers[0].run_attention(forced)  # nothing wraps the model that would have to see it
         with self._layers[0].recorded(forced):

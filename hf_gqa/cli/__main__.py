@@ -1,0 +1,6 @@
+"""`python -m hf_gqa.cli`, for launchers that start modules."""
+
+from . import main
+
+
+main()
