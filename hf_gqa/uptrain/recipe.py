@@ -157,7 +157,10 @@ class UptrainRecipe:
         default = "kl" if self.teacher_logits else "distill" if self.teacher else "cross_entropy"
         name = self.objective or default
         phases = self.phases or OBJECTIVES.get(name)
-        return phases if self.train is None else tuple(replace(phase, train=self.train) for phase in phases)
+        if self.train is None:
+            return phases
+        kept = self.train == "all"  # a teacher-forced phase can teach attention only
+        return tuple(p if kept and p.objective.teacher_forced else replace(p, train=self.train) for p in phases)
 
     def to_dict(self) -> dict:
         """What YAML and JSON hold: without what is at its default."""
