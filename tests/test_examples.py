@@ -50,6 +50,19 @@ def test_convert_on_disk_then_push(empty_folder):
     assert "conversion_manifest.json" in printed and (empty_folder / "pushed/prose-gqa-2/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("example", ["uptrain_trainer", "uptrain_distilled", "uptrain_lora"])
+def test_uptraining(example, empty_folder):
+    printed = run([sys.executable, f"examples/{example}.py"], empty_folder)
+    before, after = map(float, re.search(r"held-out loss: ([\d.]+) -> ([\d.]+)", printed).groups())
+    assert after < before - 1
+
+
+def test_heal(empty_folder):
+    printed = run([sys.executable, "examples/heal.py", "16384"], empty_folder)
+    assert float(re.search(r"gap closed: ([\d.]+)%", printed)[1]) > 60
+    assert (empty_folder / "students/healed/uptraining.json").is_file()
+
+
 def test_examples_are_short():
     for example in EXAMPLES.glob("*.py"):
         assert len(example.read_text().splitlines()) < 80, example

@@ -24,7 +24,9 @@ FLOORS = {
     **{"evaluate": 4, "uptrain": 4, "export": 5, "cli": 6},
 }
 FOR_ALL_BUT_RUNTIME = {"refusal", "registry", "staging"}
-PLUGINS = re.compile(r"hf_gqa\.(methods|sharing|uptrain\.objectives|convert\.relatives|runtime\.modeling_gqa_\w+)(\.\w+)?")
+PLUGINS = re.compile(
+    r"hf_gqa\.(methods|sharing|uptrain\.objectives|convert\.relatives|runtime\.modeling_gqa_\w+)(\.\w+)?"
+)
 PLUGIN_PACKAGES = {"hf_gqa.methods", "hf_gqa.sharing", "hf_gqa.uptrain.objectives", "hf_gqa.convert.relatives"}
 TRAINING_LIBRARIES = {"peft", "accelerate", "datasets"}
 SHIPPED_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from hf_gqa import Refusal, convert
 from hf_gqa.uptrain.layer_matching import LayerOutputs, relative_error
@@ -301,11 +302,25 @@ def test_student_below_peft(model_type):
     assert alone.item() == pytest.approx(whole.item(), rel=1e-5) and alone > 0
 
 
-def test_unknown_family_is_refused():
-    """gpt2 as native multi-query attention is of a class whose layers this package does not name."""
+def test_layers_of_a_native_relative_are_found():
     student = convert(tiny_donor("gpt2"), num_key_value_heads=1)
-    with pytest.raises(Refusal, match=r"^layer matching: model_type = 'gpt_bigcode' is not a family that hf_gqa conv"):
-        LayerOutputs(student)
+    outputs = LayerOutputs(student)
+    with outputs.recorded():
+        student(torch.arange(6).unsqueeze(0))
+    assert student.config.model_type == "gpt_bigcode"
+    assert sorted(outputs.attention) == sorted(outputs.hidden) == list(range(student.config.num_hidden_layers))
+
+
+def test_unknown_family_is_refused():
+    sizes = {
+        "hidden_size": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    with pytest.raises(Refusal, match=r"^layer matching: model_type = 'opt' is not a family that hf_gqa converts"):
+        LayerOutputs(OPTForCausalLM(OPTConfig(vocab_size=32, **sizes)))
 
 
 @every_objective

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_gqa import Refusal, convert, open_donor
 from hf_gqa.uptrain.freezing import trained_names
@@ -372,3 +372,17 @@ def test_phases_without_being_told(tmp_path):
         trainer = trainer_of(tmp_path, student, teacher, ())
         assert trainer.uptrain.phases == OBJECTIVES.get(name)
         assert trainer.callback_handler.callbacks.count(trainer.uptrain) == 1
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    student, donor = models_of()
+    message = refused(trainer_of, tmp_path, student, donor, (Phase(objective=WITH_TEACHER),))
+    assert message.startswith("Trainer would use 2 GPUs from one process (DataParallel), ")
+
+
+def test_batches_without_labels_are_refused(tmp_path):
+    student, donor = models_of()
+    trainer = trainer_of(tmp_path, student, donor, (Phase(objective=WITH_TEACHER),))
+    message = refused(trainer.compute_loss, student, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    assert message.startswith("batch: has input_ids and no labels, ")

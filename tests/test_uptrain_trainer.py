@@ -308,8 +308,8 @@ def test_teacher_from_a_folder_uses_what_is_frozen(dtype, tmp_path):
     tokens = batch_of(rows_of())["input_ids"]
     with torch.no_grad():
         assert torch.equal(trainer.teacher(tokens).logits, donor(tokens).logits)
-    losses = losses_of(trainer)
-    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] and student.dtype == dtype
+    losses = losses_of(trainer)  # three steps of attention matching, one of KL
+    assert all(map(math.isfinite, losses)) and losses[2] < losses[0] and student.dtype == dtype
 
 
 @pytest.mark.filterwarnings(PEFT_ASKS)
