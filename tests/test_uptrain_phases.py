@@ -61,12 +61,13 @@ def phase_of(objective: Objective) -> Phase:
 
 
 def rows_of(num_rows: int = ROWS, seed: int = 0) -> list[dict]:
-    """Each with labels at another number of tokens."""
+    """Each with labels at another number of tokens; none at the first, which nothing predicts (some Trainers count it)."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for row in range(num_rows):
         tokens = torch.randint(3, VOCAB_SIZE, (LENGTH,), generator=generator)
         labels = tokens.clone()
+        labels[0] = -100
         labels[2 : 2 + 2 * (row % ROWS)] = -100
         rows.append({"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens)})
     return rows

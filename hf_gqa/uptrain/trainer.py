@@ -59,7 +59,13 @@ class DistillationMixin:
             args_of(args, kwargs).ddp_find_unused_parameters = True  # what a phase freezes has no gradient to wait for
         callbacks = [callback for callback in kwargs.pop("callbacks", None) or [] if callback is not uptrain]
         super().__init__(*args, callbacks=[*callbacks, uptrain], **kwargs)
+        if self.args.n_gpu > 1:
+            raise Refusal(
+                f"Trainer would use {self.args.n_gpu} GPUs from one process (DataParallel), which copies the student in every step "
+                f"and loses what is recorded of its layers. Start it with `accelerate launch` or `torchrun`."
+            )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole accumulated batch
+        self.accelerator.gradient_accumulation_steps = 1  # older Trainers let accelerate divide what is divided already
         self.teacher = self._prepared_teacher(teacher)
         self.teacher_logits = TeacherLogits(self.teacher) if isinstance(self.teacher, torch.nn.Module) else None
         self._layers = None
@@ -126,10 +132,15 @@ class DistillationMixin:
         """The current phase's objective on one micro-batch; in evaluation the plain cross-entropy."""
         objective = self.uptrain.phase(self.state).objective if model.training else EVALUATION
         inputs = dict(inputs)
+        if "labels" not in inputs:
+            raise Refusal(
+                f"batch: has {', '.join(sorted(inputs))} and no labels, so nothing says which tokens count. Let the collator add "
+                f"them: input_ids, with -100 where a token is not to be predicted."
+            )
         labels = inputs.pop("labels") if model.training else self._without_repeats(inputs.pop("labels"))
         rows = inputs.pop("row", None)
         inputs["use_cache"] = False
-        num_items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        num_items = (next_token_labels(labels) != -100).sum() if num_items_in_batch is None else num_items_in_batch
         teacher = self._teacher_pass(inputs, objective) if objective.needs_teacher or not model.training else None
         outputs = self._student_pass(model, inputs, objective)
         loss = torch.zeros((), device=labels.device)
@@ -171,13 +182,19 @@ class DistillationMixin:
                 self._layers[0].forced_inputs = {}
             return model(**inputs)
         forced = self._layers[1].attention_inputs if objective.teacher_forced else None
-        student, kind = self.bare_model, self.teacher.config.model_type.removeprefix("gqa_")
-        alike = (student.dtype, student.device) == (self.teacher.dtype, self.teacher.device)
-        alike = alike and student.config.model_type.removeprefix("gqa_") == kind
-        if objective.teacher_forced and alike and self.accelerator.distributed_type == DistributedType.NO:
-            return self._layers[0].run_attention(forced)  # nothing wraps the model that would have to see it
+        if objective.teacher_forced and self._attention_stands_alone():
+            return self._layers[0].run_attention(forced)
         with self._layers[0].recorded(forced):
             return model(**inputs, **({"logits_to_keep": 1} if objective.teacher_forced else {}))
+
+    def _attention_stands_alone(self) -> bool:
+        """Nothing wraps the student that would have to see a forward pass, and it takes the teacher's arguments."""
+        student, teacher = self.bare_model, self.teacher
+        return (
+            self.accelerator.distributed_type == DistributedType.NO
+            and (student.dtype, student.device) == (teacher.dtype, teacher.device)
+            and student.config.model_type.removeprefix("gqa_") == teacher.config.model_type.removeprefix("gqa_")
+        )
 
     def _token_loss(self, logits, labels, teacher, rows, objective: Objective, num_items) -> torch.Tensor:
         stored_kl = torch.zeros((), device=logits.device)
