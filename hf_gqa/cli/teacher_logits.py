@@ -13,7 +13,9 @@ from .recipe_options import recipe_of, with_recipe_options
 @with_recipe_options
 def teacher_logits(
     asked,
-    student: Path = typer.Argument(..., help="Folder of the student that will be trained; its tokenizer is used."),
+    student: str = typer.Argument(
+        ..., help="Folder or Hub repository of the student that will be trained; its tokenizer is used."
+    ),
     output: Path = typer.Argument(..., help="Folder to write; a stopped run goes on where it was."),
     top_k: int = typer.Option(64, help="Likeliest tokens kept at each position."),
     json: Json = False,

@@ -24,7 +24,7 @@ TRAINED = {"all": "everything", "attention": "attention", "key_value": "key and 
 @with_recipe_options
 def uptrain(
     asked,
-    student: Path = typer.Argument(..., help="Folder of the student; it is only read."),
+    student: str = typer.Argument(..., help="Folder or Hub repository of the student; it is only read."),
     output: Path = typer.Argument(..., help="Folder to write; it appears complete or not at all."),
     resume: bool = typer.Option(False, "--resume", help="Go on with an unfinished run."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUTPUT, and discard an unfinished run."),

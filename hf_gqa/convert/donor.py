@@ -27,7 +27,9 @@ CARRIED_FILES = (
     "generation_config.json", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
     "processor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-WEIGHT_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+WEIGHT_FILES = (
+    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
+)  # fmt: skip
 REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.masked_bias$"
 
 

@@ -45,22 +45,24 @@ class Student:
     manifest: Manifest | None
 
 
-def open_student(folder: str | Path, dtype: torch.dtype) -> Student:
+def open_student(name_or_path: str | Path, dtype: torch.dtype) -> Student:
     """Raises Refusal for what cannot be opened, or has no causal language modelling head."""
-    folder = Path(folder).expanduser()
+    folder = Path(name_or_path).expanduser()
     manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
-    if manifest is not None and manifest.model_class.startswith("GPTBigCode"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if manifest is not None and manifest.model_class.startswith("GPTBigCode"):  # no donor, for now
         stored = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
-        opened = open_donor(folder)
+        opened = open_donor(name_or_path)
+        folder = opened.folder  # of a repository, where it was downloaded to
+        manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
         if not opened.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
             raise Refusal(
-                f"{folder}: is a {opened.model_class.__name__}; uptraining predicts next tokens. Convert a donor with a "
+                f"{name_or_path}: is a {opened.model_class.__name__}; uptraining predicts next tokens. Convert a donor with a "
                 f"causal language modelling head."
             )
         stored = opened.tensors.dtype(next(name for names in opened.tensors.shards.values() for name in names))
-        model = opened.model_class.from_pretrained(opened.folder, config=opened.config, dtype=dtype)
+        model = opened.model_class.from_pretrained(folder, config=opened.config, dtype=dtype)
     return Student(folder=folder, model=model, tokenizer=load_tokenizer(folder), stored_dtype=stored, manifest=manifest)
 
 
