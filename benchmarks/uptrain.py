@@ -269,29 +269,42 @@ def kind_of(found: dict) -> str:
 
 
 def plot(results: list[dict], path: Path) -> None:
+    """Mean loss over tokens, a panel for each number of KV heads, every run a black dot."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-    heads = sorted({found["num_key_value_heads"] for found in results}, reverse=True)
-    figure = Figure(figsize=(4 * len(heads), 4), layout="constrained")
+    pooled = [found for found in results if found["method"] == "mean_pool"]
+    heads = sorted({found["num_key_value_heads"] for found in pooled}, reverse=True)
+    colors = {kind: f"C{number}" for number, kind in enumerate(sorted({kind_of(found) for found in pooled}))}
+    figure = Figure(figsize=(4 * len(heads), 4.6), layout="constrained")
     FigureCanvasSVG(figure)
-    for axes, count in zip(figure.subplots(1, len(heads), sharey=True, squeeze=False)[0], heads, strict=True):
-        here = [f for f in results if f["num_key_value_heads"] == count and f["method"] == "mean_pool"]
+    lines = {}
+    for axes, count in zip(
+        figure.subplots(1, len(heads), sharex=True, sharey=True, squeeze=False)[0], heads, strict=True
+    ):
+        here = [found for found in pooled if found["num_key_value_heads"] == count]
         for kind in sorted({kind_of(found) for found in here}):
             points: dict[int, list[float]] = {}
             for found in here:
                 if kind_of(found) == kind:
                     points.setdefault(found["tokens"], []).append(found["after"]["loss"])
             x = sorted(points)
-            axes.plot(x, [statistics.fmean(points[tokens]) for tokens in x], marker="o", label=kind)
-            axes.scatter([t for t in x for _ in points[t]], [loss for t in x for loss in points[t]], s=6, color="black")
-        axes.axhline(here[0]["donor_loss"], linestyle="--", color="tab:green", label="donor")
+            means = [statistics.fmean(points[tokens]) for tokens in x]
+            (lines[kind],) = axes.plot(x, means, marker="o", color=colors[kind])
+            axes.scatter(
+                [t for t in x for _ in points[t]], [loss for t in x for loss in points[t]], s=5, color="black", zorder=3
+            )
+        lines["donor"] = axes.axhline(here[0]["donor_loss"], linestyle="--", color="black")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_title(f"8 -> {count} KV heads (loss {here[0]['before']['loss']:.2f} before)")
         axes.set_xlabel("tokens of uptraining")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out loss, nats per token")
-    figure.axes[0].legend()
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
