@@ -380,7 +380,7 @@ def test_full_disk_is_one_message_and_the_run_goes_on(in_a_process, tmp_path, wh
     assert_whole(run, whole)
 
 
-@pytest.mark.parametrize(("runs", "kills"), [(1, 3), pytest.param(12, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("runs", "kills"), [(1, 3), pytest.param(5, 3, marks=pytest.mark.slow)])
 def test_killed_runs_resume_to_the_whole_one(in_a_process, tmp_path, whole, runs, kills):
     in_a_process(tmp_path / "imported")
     begun, draw, torn = time.monotonic(), random.Random(runs), 0
