@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import logging
 
 from ..convert.cache_bytes import cache_bytes_per_token_computed, key_value_heads
 from ..refusal import Refusal
@@ -16,7 +15,6 @@ from .freezing import trained_names
 from .phases import Phase, locate
 
 
-logger = logging.get_logger(__name__)
 EXPORTED = ("last", "best")
 
 
@@ -77,7 +75,7 @@ class UptrainCallback(TrainerCallback):
         self.tokens_per_step, self.phases = tokens_per_step, tuple(phases)
         self.export_dir = Path(export_dir).expanduser() if export_dir is not None else None
         self.export, self.export_dtype, self.source = export, export_dtype, source
-        self.overwrite, self.ends_with_data, self.record = overwrite, ends_with_data, {}
+        self.overwrite, self.ends_with_data = overwrite, ends_with_data
         if self.export_dir is not None and self.export_dir.exists() and not overwrite:
             raise Refusal(f"{self.export_dir}: exists. Give another folder, or overwrite=True to replace it.")
         self._trained: dict[str, frozenset[str]] = {}
@@ -186,10 +184,8 @@ class UptrainCallback(TrainerCallback):
         phase = self.phase(state)
         if phase is not self._phase:
             self._phase = phase
-            for module in model.modules():
-                if hasattr(
-                    module, "reshard"
-                ):  # FSDP2 leaves some whole after an evaluation, and would forget the change
+            for module in model.modules():  # FSDP2 leaves some whole after an evaluation, and would forget the change
+                if hasattr(module, "reshard"):
                     module.reshard()
             everything, now = frozenset().union(*self._trained.values()), self._trained[phase.train]
             for name, tensor in model.named_parameters():
@@ -202,7 +198,7 @@ class UptrainCallback(TrainerCallback):
             model,
             self.export_dir,
             source=source if source.is_dir() else None,
-            uptraining=self.record | {"tokens_seen": self.tokens_seen(state), "steps": state.global_step},
+            uptraining={"tokens_seen": self.tokens_seen(state), "steps": state.global_step},
             dtype=self.export_dtype,
             processing_class=processing_class,
             overwrite=self.overwrite or replace,

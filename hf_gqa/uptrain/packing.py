@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..refusal import Refusal
+from .evaluating import evaluating
 
 
 DOCUMENTS_PER_BATCH = 100
@@ -194,17 +195,11 @@ def check_packing(model: PreTrainedModel, batch_size: int = 2) -> None:
     tokens_BL = torch.arange(1, 2 * length + 1, device=device).remainder(model.config.vocab_size).repeat(batch_size, 1)
     other_BL = torch.cat([tokens_BL[:, :length].flip(1), tokens_BL[:, length:]], dim=1)
     position_ids = torch.arange(length, device=device).repeat(batch_size, 2)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            one, other = (
-                model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[:, length:].float()
-                for ids in (tokens_BL, other_BL)
-            )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.no_grad(), evaluating(model):
+        one, other = (
+            model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[:, length:].float()
+            for ids in (tokens_BL, other_BL)
+        )
     if not (one - other).abs().max() <= 1e-3 * one.abs().max():
         raise Refusal(
             f"{type(model).__name__}: with attn_implementation = '{model.config._attn_implementation}' and batches of "

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.donor import Donor, open_donor
-from ..convert.manifest import MANIFEST_FILE, Manifest, donor_identity
+from ..convert.manifest import MANIFEST_FILE, Manifest
 from ..refusal import Refusal
 from ..staging import file_sha256
 from .budgeted_rows import BudgetedRows, BudgetedStream
@@ -222,8 +222,12 @@ def open_stored_teacher(recipe: UptrainRecipe, text: Text, vocab_size: int) -> S
     return StoredTeacher.open(recipe.teacher_logits, text.all_rows, vocab_size=vocab_size)
 
 
-def facts_of_run(recipe: UptrainRecipe, student: Student, donor: Donor | None, text: Text) -> dict:
-    """What a run that resumes must agree with."""
+def facts_of_run(recipe: UptrainRecipe, student: Student, teacher: dict | None, text: Text) -> dict:
+    """What a run that resumes must agree with.
+
+    Args:
+        teacher: what identifies the donor, if there is one.
+    """
     names = (
         "logging_steps",
         "eval_steps",
@@ -240,7 +244,7 @@ def facts_of_run(recipe: UptrainRecipe, student: Student, donor: Donor | None, t
         "recipe": asked | {"phases": [asdict(phase) for phase in recipe.resolved_phases()]},
         "plan": plan,
         "student": {path.name: file_sha256(path) for path in sorted(student.folder.glob("*.safetensors"))},
-        "teacher": donor_identity(donor) if donor is not None else None,
+        "teacher": teacher,
         "text": text.fingerprint,
     }
     return json.loads(json.dumps(facts))

@@ -8,7 +8,7 @@ from typing import get_args, get_origin
 import yaml
 
 from ..refusal import Refusal
-from .callback import resolve_budget
+from .callback import EXPORTED, resolve_budget
 from .objectives import OBJECTIVES
 from .phases import TRAINED, Phase
 from .text_source import TextSource
@@ -97,7 +97,7 @@ class UptrainRecipe:
             raise Refusal(f"train = {self.train!r} is unknown. Use one of {', '.join(TRAINED)}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise Refusal(f"dtype = {self.dtype!r} is unknown. Use float32 or bfloat16.")
-        if self.export not in ("last", "best"):
+        if self.export not in EXPORTED:
             raise Refusal(f"export = {self.export!r} is unknown. Use last or best.")
         if self.objective is not None and self.phases:
             raise Refusal("objective and phases: both say what is learned. Give one of them.")

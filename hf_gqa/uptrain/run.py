@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -115,12 +116,17 @@ class UptrainRun:
                 for folder in made:
                     folder.rmdir()
 
+    @cached_property
+    def donor_identity(self) -> dict | None:
+        """Read once: it may take the hash of many gigabytes."""
+        return donor_identity(self.donor) if self.donor is not None else None
+
     def _text(self) -> Text:
         donor_id, sampler = "", None
         if self.recipe.sample_from_teacher:
             if self.overwrite and not self.resume and PartialState().is_main_process:
                 shutil.rmtree(self.work / "sampled", ignore_errors=True)
-            donor_id, sampler = json.dumps(donor_identity(self.donor)), load_whole(self.donor, self.student.model.dtype)
+            donor_id, sampler = json.dumps(self.donor_identity), load_whole(self.donor, self.student.model.dtype)
         with PartialState().main_process_first():
             return prepare_text(self.recipe, self.student, sampler, self.work, donor_id)
 
@@ -172,7 +178,6 @@ class UptrainRun:
                 "(examples/accelerate/ddp.yaml), or train without adapters."
             )
         trainer.remove_callback(PrinterCallback)  # the bar shows it, the log keeps it
-        trainer.facts = facts_of_run(recipe, self.student, self.donor, self.text)
         return trainer
 
     def _arguments(self) -> TrainingArguments:
@@ -252,6 +257,7 @@ class UptrainRun:
         if not self.resume and trainer.is_world_process_zero():
             for folder in self.work.glob("checkpoint-*"):  # of a run that --overwrite discards
                 shutil.rmtree(folder)
+        trainer.facts = facts_of_run(self.recipe, self.student, self.donor_identity, self.text)
         trainer.train(resume_from_checkpoint=True if self.resume else None)
         seconds = time.perf_counter() - begun
         model = trainer.model.merge_and_unload() if hasattr(trainer.model, "merge_and_unload") else trainer.model

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..refusal import Refusal
 from ..staging import file_sha256, flush
+from .evaluating import evaluating
 from .packing import PACKING_VERSION, rows_with_positions
 
 
@@ -149,15 +150,12 @@ def _as_plain_sampler(model: PreTrainedModel) -> Iterator[None]:
 
     Those include the EOS: rows are to be full, so sampling goes on after one.
     """
-    modes, own = {module: module.training for module in model.modules()}, model.generation_config
-    model.generation_config = GenerationConfig()
-    model.eval()
+    own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = own
-        for module, training in modes.items():
-            module.training = training
 
 
 def _generate_rows(

@@ -6,8 +6,6 @@ Shapes: B rows of a batch, S sequence, V vocabulary, k listed tokens, C tokens o
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..refusal import Refusal
 from ..staging import flush
+from .evaluating import evaluating
 from .stored_teacher import (
     INTEGER_DTYPES,
     SETTINGS_FILE,
@@ -81,7 +80,7 @@ def write_teacher_logits(
     done = sum(settings.shard_shape(shard)[0] for shard in present)
     with (
         tqdm(desc="Teacher", total=settings.num_rows, initial=done, unit=" rows", disable=hidden) as bar,
-        _evaluating(teacher),
+        evaluating(teacher),
     ):
         if not (folder / SETTINGS_FILE).is_file():
             _write_settings(folder, settings)
@@ -130,17 +129,6 @@ def _check_folder(folder: Path, settings: TeacherLogitsSettings) -> None:
                 f"{folder}: was begun with {key} = {before[key]!r}, now {value!r}. "
                 f"Continue with what it was begun with, or give another folder."
             )
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; afterwards the model is in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _shard_tensors(
