@@ -70,7 +70,7 @@ def read_record(folder: Path) -> dict:
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.glob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -350,17 +350,14 @@ def train_or_say(folder: Path, limit_bytes: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def in_a_process():
-    """Runs `train_or_say` in a fork of a process that has imported all and trained nothing.
-
-    Kills it after some seconds, or `in_save`: once a second checkpoint stands beside the first.
-    """
+    """Runs `train_or_say` in a fork of a process that has imported all; kills it after some seconds, or `in_save`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
     def run(folder: Path, limit_bytes: int | None = None, seconds: float = 60, in_save: bool = False) -> int:
         process = context.Process(target=train_or_say, args=(folder, limit_bytes))
         process.start()
-        while in_save and process.is_alive() and not (folder.exists() and len(names_in(folder)) > 1):
+        while in_save and process.is_alive() and len(names_in(folder)) < 2:
             time.sleep(0.001)
         process.join(0 if in_save else seconds)
         process.kill()
@@ -388,18 +385,16 @@ def test_full_disk_is_one_message_and_the_run_goes_on(in_a_process, tmp_path, wh
 @pytest.mark.parametrize(("runs", "kills"), [(1, 3), pytest.param(5, 3, marks=pytest.mark.slow)])
 def test_killed_runs_resume_to_the_whole_one(in_a_process, tmp_path, whole, runs, kills):
     in_a_process(tmp_path / "imported")
-    begun, draw, torn = time.monotonic(), random.Random(runs), 0
-    assert in_a_process(tmp_path / "timed") == 0
+    begun, draw, torn = time.monotonic(), random.Random(runs), in_a_process(tmp_path / "timed")
     run_seconds = time.monotonic() - begun
     for number in range(runs):
         folder, step = tmp_path / str(number), 0
         for kill in range(kills + 1):
             seconds = draw.uniform(0.2, 0.9) * run_seconds if kill < kills else 60
-            code = in_a_process(folder, seconds=seconds, in_save=kill == 0 and runs > 1)
-            newest = newest_complete(folder).newest
-            earlier, step = step, checkpoints._step_of(newest) if newest else 0
+            code = in_a_process(folder, seconds=seconds, in_save=kill == 0)
+            earlier, step = step, checkpoints._step_of(newest_complete(folder).newest or Path("checkpoint-0"))
             assert step >= earlier and code in (0, -signal.SIGKILL), "a complete checkpoint was lost"
-            torn += code != 0 and folder.exists() and len(names_in(folder)) > 1
+            torn += code != 0 and len(names_in(folder)) > 1
         assert_whole(folder, whole)
         assert code == 0 and names_in(folder) <= {"checkpoint-3", LAST}  # 3: killed before the last rotation
-    assert torn or runs == 1, "no kill hit a save"  # five are aimed at one
+    assert torn, "no kill hit a save"

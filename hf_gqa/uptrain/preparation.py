@@ -5,20 +5,19 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..convert.donor import Donor, open_donor
-from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..convert.student import Student, check_same_tokens
 from ..refusal import Refusal
 from ..staging import file_sha256
+from ..text.source import TextSource, fingerprint, open_documents
 from .budgeted_rows import BudgetedRows, BudgetedStream
 from .packing import check_packing, packed_rows
 from .recipe import UptrainRecipe
 from .sampled_text import sampled_rows
 from .stored_teacher import StoredTeacher
-from .text_source import TextSource, fingerprint, open_documents
 
 
 STEPS_WANTED = 300
@@ -27,74 +26,12 @@ SEQUENCE_LENGTH_WANTED = 1024
 RATE_TIMES_WIDTH = 0.256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Student:
-    """A student on disk, and in memory for training.
-
-    Args:
-        folder: where it came from.
-        model: with a causal language modelling head.
-        stored_dtype: of the weights on disk, which the export keeps.
-        manifest: of its conversion, if it has one.
-    """
-
-    folder: Path
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    stored_dtype: torch.dtype
-    manifest: Manifest | None
-
-
-def open_student(name_or_path: str | Path, dtype: torch.dtype) -> Student:
-    """Raises Refusal for what cannot be opened, or has no causal language modelling head."""
-    folder = Path(name_or_path).expanduser()
-    manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
-    if manifest is not None and manifest.model_class.startswith("GPTBigCode"):  # no donor, for now
-        stored = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    else:
-        opened = open_donor(name_or_path)
-        folder = opened.folder  # of a repository, where it was downloaded to
-        manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
-        if not opened.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise Refusal(
-                f"{name_or_path}: is a {opened.model_class.__name__}; uptraining predicts next tokens. Convert a donor with a "
-                f"causal language modelling head."
-            )
-        stored = opened.tensors.dtype(next(name for names in opened.tensors.shards.values() for name in names))
-        model = opened.model_class.from_pretrained(folder, config=opened.config, dtype=dtype)
-    return Student(folder=folder, model=model, tokenizer=load_tokenizer(folder), stored_dtype=stored, manifest=manifest)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of many kinds, by what is missing
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(
-            f"{folder}: no tokenizer that loads ({reason}). Copy the donor's tokenizer files there."
-        ) from None
-
-
 def open_teacher(recipe: UptrainRecipe, student: Student) -> Donor | None:
     """Raises Refusal unless the teacher reads and predicts the same tokens as the student."""
     if recipe.teacher is None:
         return None
     donor = open_donor(recipe.teacher)
-    theirs, ours = donor.config.vocab_size, student.model.config.vocab_size
-    if theirs != ours:
-        raise Refusal(
-            f"teacher {donor.name}: its vocabulary has {theirs:,} tokens, the student's {ours:,}; their predictions cannot "
-            f"be compared. Distil from the donor that the student was converted from."
-        )
-    mine = student.tokenizer.get_vocab()
-    other = load_tokenizer(donor.folder).get_vocab()
-    if mine != other:
-        token = next(iter(sorted(set(mine.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))))[0]
-        raise Refusal(
-            f"teacher {donor.name}: its tokenizer is not the student's (they differ on {token!r}), so it would be asked "
-            f"about other text. Distil from the donor that the student was converted from."
-        )
+    check_same_tokens(donor, student, "teacher", "Distil from the donor that the student was converted from.")
     return donor
 
 

@@ -8,10 +8,10 @@ from typing import get_args, get_origin
 import yaml
 
 from ..refusal import Refusal
+from ..text.source import TextSource
 from .callback import EXPORTED, resolve_budget
 from .objectives import OBJECTIVES
 from .phases import TRAINED, Phase
-from .text_source import TextSource
 
 
 WHOLE = ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "logging_steps")

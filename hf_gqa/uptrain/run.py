@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from ..convert.donor import Donor
 from ..convert.manifest import donor_identity
+from ..convert.student import Student, open_student
 from ..refusal import Refusal
 from ..staging import check_apart, check_output
 from .callback import UptrainCallback, cache_facts
@@ -26,11 +27,9 @@ from .export_student import export_student
 from .lora import add_lora
 from .packing import PackedCollator
 from .preparation import (
-    Student,
     Text,
     facts_of_run,
     open_stored_teacher,
-    open_student,
     open_teacher,
     prepare_text,
     resolve_sizes,

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_gqa import Refusal
-from hf_gqa.uptrain import text_source
-from hf_gqa.uptrain.text_source import TextSource, fingerprint, open_documents
+from hf_gqa.text import source as text_source
+from hf_gqa.text.source import TextSource, fingerprint, open_documents
 
 from .test_uptrain_packing import letters
 

@@ -1,0 +1,293 @@
+"""What a conversion cost and what it bought: the values that `report.json` holds, with their units in their names."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..refusal import Refusal
+from .from_json import value_of
+
+
+FORMAT = 1
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A value and its bootstrap interval.
+
+    Args:
+        value: the estimate from all samples.
+        low, high: ends of the interval, in the unit of the value.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """One of the two models.
+
+    Args:
+        name: what the user called it.
+        num_key_value_heads: of each layer.
+        loss_nats_per_token: mean negative log-likelihood of every token of the text.
+        perplexity: its exponential.
+        bits_per_byte: the same text in bits over its UTF-8 bytes, comparable across tokenizers.
+        cache_bytes_per_token_computed: from the configuration, in the dtype of the evaluation.
+        cache_bytes_per_token_measured: from the cache that the model filled, by class of cache.
+        cache_bytes_per_token_beyond_window: of a token beyond the sliding window, where there is one.
+        peak_memory_bytes: most that a fresh process had while it read and decoded; None where it was not measured.
+    """
+
+    name: str
+    model_type: str
+    model_class: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: tuple[int, ...]
+    parameters: int
+    weight_bytes: int
+    loss_nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    cache_bytes_per_token_computed: int
+    cache_bytes_per_token_measured: float
+    cache_bytes_per_token_beyond_window: int
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differences:
+    """Student against donor on the same tokens, each with its interval; None where the text has too few windows.
+
+    Args:
+        loss_nats_per_token: student's loss less the donor's.
+        perplexity_ratio: student's perplexity over the donor's.
+        bits_per_byte: student's less the donor's.
+        kl_nats_per_token: of the donor's distribution from the student's, forward.
+        top1_agreement_fraction: tokens whose likeliest successor both models agree on.
+    """
+
+    loss_nats_per_token: Interval | None
+    perplexity_ratio: Interval | None
+    bits_per_byte: Interval | None
+    kl_nats_per_token: Interval | None
+    top1_agreement_fraction: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextLoss:
+    """Tokens that were predicted from `first_context_tokens` to `last_context_tokens` tokens before them."""
+
+    first_context_tokens: int
+    last_context_tokens: int
+    tokens: int
+    donor_loss_nats_per_token: float
+    student_loss_nats_per_token: float
+    kl_nats_per_token: float
+    difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrieval:
+    """Something said once in a context of `context_tokens`, asked for at its end.
+
+    Args:
+        task: name of a file in `retrieval/`.
+        donor_accuracy_fraction, student_accuracy_fraction: whole answers that greedy decoding gets right.
+        donor_answer_loss_nats_per_token, student_answer_loss_nats_per_token: of the right answer.
+        difference: student's answer loss less the donor's.
+    """
+
+    task: str
+    context_tokens: int
+    samples: int
+    donor_accuracy_fraction: float
+    student_accuracy_fraction: float
+    donor_answer_loss_nats_per_token: float
+    student_answer_loss_nats_per_token: float
+    difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of one lm_eval task, as lm_eval computes it.
+
+    Args:
+        version: of the task.
+        samples: documents that were scored.
+        difference: student's score less the donor's, paired by document; None where the task keeps no score per document.
+    """
+
+    task: str
+    metric: str
+    version: str
+    num_fewshot: int
+    samples: int
+    higher_is_better: bool
+    donor: float
+    donor_stderr: float | None
+    student: float
+    student_stderr: float | None
+    difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Reading a prompt and then decoding, donor and student by turns in one process; medians.
+
+    Args:
+        batch_size, context_tokens: of the prompts.
+        donor_decode_tokens_per_second, student_decode_tokens_per_second: of the whole batch.
+        decode_speedup: student's over donor's tokens per second, median over pairs.
+        decode_speedup_low, decode_speedup_high: its smallest and largest pair.
+        allowed_decode_speedup: the donor's bytes moved per step (weights and cache) over the student's.
+    """
+
+    batch_size: int
+    context_tokens: int
+    repetitions: int
+    donor_first_token_seconds: float
+    student_first_token_seconds: float
+    first_token_speedup: float
+    donor_decode_tokens_per_second: float
+    student_decode_tokens_per_second: float
+    decode_speedup: float
+    decode_speedup_low: float
+    decode_speedup_high: float
+    allowed_decode_speedup: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Context that fits into `memory_bytes` beside the weights, for `batch_size` sequences at once; computed.
+
+    0 where the weights alone do not fit; `longest_context_tokens` of the model is not a limit here.
+    """
+
+    memory_bytes: int
+    batch_size: int
+    donor_context_tokens: int
+    student_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What the models write after a prompt, by greedy decoding; `converted` is the student before uptraining."""
+
+    prompt: str
+    donor: str
+    student: str
+    converted: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFacts:
+    """The text that was evaluated.
+
+    Args:
+        sources: as the user named them.
+        fingerprint: of the text itself.
+        tokens: all of which were scored once.
+        text_bytes: in UTF-8.
+        windows: rows in which the text was read, which are what the bootstrap draws.
+        context_tokens: longest context of a prediction.
+        stride_tokens: tokens scored in each window.
+        longest_context_tokens: what the model takes.
+    """
+
+    sources: tuple[str, ...]
+    fingerprint: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    windows: int
+    context_tokens: int
+    stride_tokens: int
+    longest_context_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the numbers depend on besides models and text.
+
+    Args:
+        versions: of python, torch, transformers and hf_gqa.
+        confidence_fraction, resamples: of every interval.
+    """
+
+    device: str
+    device_name: str
+    dtype: str
+    batch_size: int
+    attn_implementation: str
+    threads: int
+    seed: int
+    confidence_fraction: float
+    resamples: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything measured about a student and its donor; exact round trip through JSON.
+
+    Args:
+        kl_nats_per_token: forward KL from donor to student, mean over all tokens.
+        top1_agreement_fraction: tokens on whose likeliest successor both agree.
+        conversion: the student's `conversion_manifest.json`; None if it has none.
+        recipe: of `hf-gqa run`, which made all this; None otherwise.
+        command: that repeats the evaluation.
+        notes: what the reader must know about the numbers.
+    """
+
+    format: int
+    donor: ModelFacts
+    student: ModelFacts
+    kl_nats_per_token: float
+    top1_agreement_fraction: float
+    differences: Differences
+    by_context: tuple[ContextLoss, ...]
+    retrieval: tuple[Retrieval, ...]
+    tasks: tuple[TaskScore, ...]
+    speed: tuple[Speed, ...]
+    capacity: tuple[Capacity, ...]
+    continuations: tuple[Continuation, ...]
+    text: TextFacts
+    settings: Settings
+    conversion: dict | None
+    recipe: dict | None
+    command: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str = "report") -> "Report":
+        """Raises Refusal for anything that is not a report of this format, saying where it differs."""
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise Refusal(
+                f"{where}: format = {found!r}, this hf_gqa reads {FORMAT}. Evaluate the student again with this hf_gqa."
+            )
+        return value_of(cls, values, where)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Report":
+        """Of a `report.json`, or of a folder that holds one."""
+        path = Path(path).expanduser()
+        path = path / REPORT_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise Refusal(f"{path}: no such report. Write one with hf-gqa evaluate.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise Refusal(f"{path}: not JSON ({error}). Evaluate the student again.") from None
+        return cls.from_dict(values, str(path))
