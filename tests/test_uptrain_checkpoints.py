@@ -397,4 +397,4 @@ def test_killed_runs_resume_to_the_whole_one(in_a_process, tmp_path, whole, runs
             torn += code != 0 and len(names_in(folder)) > 1
         assert_whole(folder, whole)
         assert code == 0 and names_in(folder) <= {"checkpoint-3", LAST}  # 3: killed before the last rotation
-    assert torn, "no kill hit a save"
+    assert torn or runs == 1, "no kill hit a save"
