@@ -136,7 +136,7 @@ def test_text_is_refused(tmp_path, folders, name, content, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"- teacher\n", "holds list, expected keys such as 'budget_tokens: 163840'."),
+        (b"- teacher\n", "holds list, expected keys such as teacher, teacher_logits, train_file."),
         (b"", "holds NoneType, expected keys"),
         (b"just words", "holds str, expected keys"),
         (

@@ -16,7 +16,7 @@ from hf_gqa import Refusal, convert_checkpoint
 from hf_gqa.cli import app
 from hf_gqa.uptrain.objectives import OBJECTIVES
 from hf_gqa.uptrain.phases import Objective, Phase
-from hf_gqa.uptrain.recipe import UptrainRecipe, read_recipe
+from hf_gqa.uptrain.recipe import UptrainRecipe
 
 from .test_bad_input import assert_one_message, files_of, run_cli
 from .test_uptrain_packing import letters
@@ -121,7 +121,7 @@ def test_recipe_survives_yaml(tmp_path, name):
     one = recipe(**NEEDED.get(name, {}) | ({name: OTHER_VALUES[name]} if name else {}))
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(one.to_dict()))
-    again = UptrainRecipe.from_dict(read_recipe(file))
+    again = UptrainRecipe.from_dict(UptrainRecipe.read(file))
     assert again == one and again.to_dict() == one.to_dict()
     assert json.loads(json.dumps(one.to_dict())) == one.to_dict()
     defaults = {field.name: field.default for field in fields(UptrainRecipe)}
@@ -133,7 +133,7 @@ def test_unknown_key_is_refused(tmp_path):
         UptrainRecipe.from_dict(TEXT | {"budget": 5})
     (tmp_path / "recipe.yaml").write_text("budget_tokens: 5\n1: 2\n")
     with pytest.raises(Refusal, match=r"recipe\.yaml: unknown key '1'\. Known: teacher, .*, export\.$"):
-        read_recipe(tmp_path / "recipe.yaml")
+        UptrainRecipe.read(tmp_path / "recipe.yaml")
 
 
 def whole(name: str, value) -> str:
@@ -236,7 +236,7 @@ def test_seed_that_no_generator_takes_is_refused(seed):
 def test_learning_rate_may_be_written_as_people_do(tmp_path, text, rate):
     """YAML 1.1 takes 1e-4 for a string."""
     (tmp_path / "recipe.yaml").write_text(f"train_file: a.txt\nbudget_tokens: 5\nlearning_rate: {text}\n")
-    assert UptrainRecipe.from_dict(read_recipe(tmp_path / "recipe.yaml")).learning_rate == rate
+    assert UptrainRecipe.from_dict(UptrainRecipe.read(tmp_path / "recipe.yaml")).learning_rate == rate
 
 
 def test_one_file_need_not_be_a_list():

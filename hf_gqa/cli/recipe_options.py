@@ -10,7 +10,7 @@ import typer
 
 from ..uptrain.objectives import OBJECTIVES
 from ..uptrain.phases import TRAINED
-from ..uptrain.recipe import UptrainRecipe, read_recipe
+from ..uptrain.recipe import UptrainRecipe
 
 
 HELP = {
@@ -72,7 +72,7 @@ def with_recipe_options(command: Callable) -> Callable:
 def recipe_of(asked: tuple[Path | None, dict]) -> UptrainRecipe:
     """Raises Refusal for a file or values that make no recipe."""
     config, given = asked
-    return UptrainRecipe.from_dict((read_recipe(config) if config is not None else {}) | given)
+    return UptrainRecipe.from_dict((UptrainRecipe.read(config) if config is not None else {}) | given)
 
 
 def _option(name: str, kind) -> inspect.Parameter:

@@ -1,12 +1,8 @@
 """What a run of uptraining shall be: the options of `hf-gqa uptrain`, checked, as one value."""
 
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import get_args, get_origin
+from dataclasses import dataclass, fields, replace
 
-import yaml
-
+from ..recipe import Recipe
 from ..refusal import Refusal
 from ..text.source import TextSource
 from .callback import EXPORTED, resolve_budget
@@ -19,7 +15,7 @@ WHOLE += ("save_steps", "eval_steps", "eval_tokens", "sampled_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UptrainRecipe:
+class UptrainRecipe(Recipe):
     """Checked when made; exact round trip through YAML, unknown keys refused.
 
     Args:
@@ -79,8 +75,9 @@ class UptrainRecipe:
     export: str = "last"
 
     def __post_init__(self):
-        self._make_tuples()
-        self._check_types()
+        self.check_fields()
+        phases = [phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases]
+        object.__setattr__(self, "phases", tuple(phases))
         for name in WHOLE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -103,33 +100,6 @@ class UptrainRecipe:
             raise Refusal("objective and phases: both say what is learned. Give one of them.")
         OBJECTIVES.get(self.objective or "distill")
         resolve_budget(self.budget_tokens, self.budget_fraction, self.pretraining_tokens)
-
-    def _make_tuples(self) -> None:
-        for name in ("train_file", "eval_file", "phases"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else value
-            if not isinstance(value, list | tuple | None):
-                raise Refusal(f"{name} = {value!r} is not a list. Write each on a line of its own, after '- '.")
-            object.__setattr__(self, name, tuple(value or ()))
-        for name in ("train_file", "eval_file"):
-            if not all(isinstance(file, str) for file in getattr(self, name)):
-                raise Refusal(f"{name} = {list(getattr(self, name))!r} holds what is no path. Put paths in quotes.")
-        phases = [phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases]
-        object.__setattr__(self, "phases", tuple(phases))
-
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value, kinds = getattr(self, field.name), get_args(field.type) or (field.type,)
-            if float in kinds and isinstance(value, str):
-                with suppress(ValueError):  # YAML reads 1e-4, without a dot, as text
-                    value = float(value)
-                    object.__setattr__(self, field.name, value)
-            fits = isinstance(value, (tuple, *kinds)) if get_origin(field.type) is tuple else isinstance(value, kinds)
-            fits = fits or (float in kinds and isinstance(value, int))
-            if not fits or (isinstance(value, bool) and bool not in kinds):
-                names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-                wanted = " or ".join(names[kind] for kind in kinds if kind in names)
-                raise Refusal(f"{field.name} = {value!r} is not {wanted}. Correct it, or leave it out.")
 
     def _check_text(self) -> None:
         ways = {"--train-file": self.train_file, "--dataset-name": self.dataset_name}
@@ -161,34 +131,3 @@ class UptrainRecipe:
             return phases
         kept = self.train == "all"  # a teacher-forced phase can teach attention only
         return tuple(p if kept and p.objective.teacher_forced else replace(p, train=self.train) for p in phases)
-
-    def to_dict(self) -> dict:
-        """What YAML and JSON hold: without what is at its default."""
-        defaults = {field.name: field.default for field in fields(self)}
-        values = {name: getattr(self, name) for name in defaults}
-        changed = {name: value for name, value in values.items() if value != defaults[name]}
-        as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
-        return as_lists | ({"phases": [asdict(phase) for phase in self.phases]} if self.phases else {})
-
-    @classmethod
-    def from_dict(cls, values: dict, where: str = "recipe") -> "UptrainRecipe":
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise Refusal(f"{where}: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
-        return cls(**values)
-
-
-def read_recipe(path: Path) -> dict:
-    """The keys of a recipe file; `UptrainRecipe.from_dict` checks them once the command's own options are merged in."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise Refusal(f"{path}: not a readable YAML file ({' '.join(str(error).split())}). Correct it.") from None
-    if not isinstance(values, dict):
-        raise Refusal(f"{path}: holds {type(values).__name__}, expected keys such as 'budget_tokens: 163840'.")
-    unknown = sorted(set(map(str, values)) - {field.name for field in fields(UptrainRecipe)})
-    if unknown:
-        names = ", ".join(field.name for field in fields(UptrainRecipe))
-        raise Refusal(f"{path}: unknown key '{unknown[0]}'. Known: {names}.")
-    return values
