@@ -22,11 +22,11 @@ from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_
 from transformers.utils import logging
 
 from hf_gqa import convert, open_donor
+from hf_gqa.text.packing import PackedCollator, packed_rows
 from hf_gqa.uptrain.budgeted_rows import BudgetedRows
 from hf_gqa.uptrain.callback import UptrainCallback
 from hf_gqa.uptrain.lora import add_lora
 from hf_gqa.uptrain.objectives import OBJECTIVES
-from hf_gqa.uptrain.packing import PackedCollator, packed_rows
 from hf_gqa.uptrain.trainer import UptrainTrainer
 
 

@@ -2,29 +2,25 @@
 
 Run: `python examples/push.py STUDENT [REPO_ID]`, after `hf auth login`. Repositories are created private.
 With HF_HUB_OFFLINE=1, or without REPO_ID, it writes ./pushed/<name> instead.
+The same from a shell: `hf-gqa push STUDENT REPO_ID`, which insists on a model card (`hf-gqa card`).
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 
-from hf_gqa import verify
+from hf_gqa.export.push import plan_push, upload, write_instead
 
 
 def main(student_name: str = "students/prose-gqa-2", repo_id: str | None = None) -> None:
     student = Path(student_name)
-    failed = [check for check in verify(student) if check.passed is False]
-    if failed:
-        sys.exit(f"{student}: not pushed, {failed[0].name}: {failed[0].detail}")
+    plan = plan_push(student, repo_id or student.name, needs_card=False)  # verifies, and refuses what does not belong
+    print(f"{plan.title}: {', '.join(plan.files)}, {plan.size_bytes:,} bytes")
     if repo_id is None or constants.HF_HUB_OFFLINE:
-        folder = Path("pushed") / student.name
-        shutil.copytree(student, folder, dirs_exist_ok=True)
-        print(f"offline: wrote {folder} ({', '.join(sorted(path.name for path in folder.iterdir()))})")
+        print(f"wrote {write_instead(plan, Path('pushed') / student.name, overwrite=True)}, nothing was sent")
     else:
-        HfApi().create_repo(repo_id, private=True, exist_ok=True)
-        print(HfApi().upload_folder(repo_id=repo_id, folder_path=student, commit_message="Grouped-query student"))
+        print(f"pushed {upload(plan).url}")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,7 @@ def check_keys(cls: type, values, where: str) -> None:
     unknown = sorted(set(map(str, values)) - known.keys())
     if unknown:
         raise Refusal(f"{where}: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
-    missing = [
-        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values
-    ]
+    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
     if missing:
         raise Refusal(f"{where}: the key '{missing[0]}' is missing. Give it.")
 

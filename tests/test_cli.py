@@ -14,8 +14,9 @@ from typer.main import get_command
 
 import hf_gqa
 from hf_gqa.cli import app
-from hf_gqa.cli.printing import cache_in_words, heads_in_words, human_bytes, human_count
+from hf_gqa.cli.printing import cache_in_words, heads_in_words
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
+from hf_gqa.human_units import human_bytes, human_count
 
 from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
 from .tiny_donors import MODEL_TYPES, NUM_LAYERS, tiny_donor

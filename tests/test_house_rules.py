@@ -23,11 +23,15 @@ FLOORS = {
     **{"runtime": 0, "weights": 1, "methods": 2, "sharing": 2, "convert": 3, "text": 3},
     **{"evaluate": 4, "uptrain": 4, "export": 5, "workflow": 6, "cli": 7},
 }
-FOR_ALL_BUT_RUNTIME = {"refusal", "registry", "staging"}
+FOR_ALL_BUT_RUNTIME = {"evaluating", "progress_bar", "human_units", "recipe", "refusal", "registry", "staging"}
 PLUGINS = re.compile(
-    r"hf_gqa\.(methods|sharing|uptrain\.objectives|convert\.relatives|runtime\.modeling_gqa_\w+)(\.\w+)?"
+    r"hf_gqa\.(methods|sharing|uptrain\.objectives|convert\.relatives|evaluate\.retrieval|runtime\.modeling_gqa_\w+)"
+    r"(\.\w+)?"
 )
-PLUGIN_PACKAGES = {"hf_gqa.methods", "hf_gqa.sharing", "hf_gqa.uptrain.objectives", "hf_gqa.convert.relatives"}
+PLUGIN_PACKAGES = {
+    *("hf_gqa.methods", "hf_gqa.sharing", "hf_gqa.uptrain.objectives"),
+    *("hf_gqa.convert.relatives", "hf_gqa.evaluate.retrieval"),
+}
 TRAINING_LIBRARIES = {"peft", "accelerate", "datasets"}
 SHIPPED_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 40
@@ -115,6 +119,7 @@ def test_imports_go_down(file):
         ("convert/target.py", "from .relatives.gpt_bigcode import RELATIVE"),
         ("convert/target.py", "from .relatives import gpt_bigcode"),
         ("evaluate/__init__.py", "from hf_gqa.uptrain import callback"),
+        ("evaluate/recall.py", "from .retrieval.passkey import TASK"),
         ("export/verify.py", "from .. import __version__"),
         ("cli/convert.py", "import datasets"),
         ("registry.py", "from .convert.plan import ConversionPlan"),

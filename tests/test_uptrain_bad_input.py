@@ -15,7 +15,7 @@ from hf_gqa.uptrain.objectives import OBJECTIVES
 from hf_gqa.uptrain.trainer import UptrainTrainer
 
 from .test_bad_input import assert_one_message, files_of, run_cli
-from .test_uptrain_packing import letters
+from .test_text_packing import letters
 from .test_uptrain_recipe import Folders, arguments_of, run_uptrain, some_text, uptrained, write_folders
 from .test_uptrain_run import tensors_of
 from .tiny_donors import tiny_donor
@@ -217,7 +217,7 @@ def test_student_is_refused(tmp_path, folders):
         (silent, "silent: no tokenizer that loads ("),
         (
             base,
-            "base: is a LlamaModel; uptraining predicts next tokens. Convert a donor with a causal language modelling",
+            "base: is a LlamaModel, which predicts no tokens. Convert a donor with a causal language modelling",
         ),
         (torn, "model.safetensors"),
         (empty, "empty: the folder is empty."),

@@ -19,7 +19,7 @@ from hf_gqa.uptrain.phases import Objective, Phase
 from hf_gqa.uptrain.recipe import UptrainRecipe
 
 from .test_bad_input import assert_one_message, files_of, run_cli
-from .test_uptrain_packing import letters
+from .test_text_packing import letters
 from .tiny_donors import MODEL_TYPES, tiny_donor
 
 

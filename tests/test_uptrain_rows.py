@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_gqa import Refusal
+from hf_gqa.text.packing import PackedCollator
 from hf_gqa.uptrain.budgeted_rows import BudgetedRows, BudgetedStream
-from hf_gqa.uptrain.packing import PackedCollator
 
 
 LENGTH = 4

@@ -17,7 +17,7 @@ import hf_gqa
 from hf_gqa.uptrain.objectives import OBJECTIVES
 
 from .test_bad_input import files_of
-from .test_uptrain_packing import letters
+from .test_text_packing import letters
 from .test_uptrain_recipe import (
     BUDGET,
     LENGTH,

@@ -5,8 +5,14 @@ import sys
 
 import typer
 
+from .card import card
 from .convert import convert
+from .evaluate import evaluate
 from .inspect import inspect
+from .push import push
+from .recommend import recommend
+from .run import run
+from .sweep import sweep
 from .teacher_logits import teacher_logits
 from .uptrain import uptrain
 from .verify import verify
@@ -30,7 +36,19 @@ for command, example in (
         "hf-gqa uptrain ./my-student ./my-uptrained --teacher ./my-donor --train-file corpus.txt --budget-tokens 1000000",
     ),
     (teacher_logits, "hf-gqa teacher-logits ./my-student ./my-logits --config recipe.yaml --top-k 64"),
+    (
+        evaluate,
+        "hf-gqa evaluate ./my-uptrained --donor ./my-donor --text held_out.txt --output-dir ./my-report",
+    ),
+    (run, "hf-gqa run recipe.yaml"),
+    (
+        sweep,
+        "hf-gqa sweep ./my-donor ./my-sweep --num-key-value-heads 4,2,1 --methods mean_pool,first --text held_out.txt",
+    ),
+    (recommend, "hf-gqa recommend ./my-donor --memory 24GB --context 32768 --batch 8 --sweep ./my-sweep"),
     (verify, "hf-gqa verify ./my-student --donor ./my-donor"),
+    (card, "hf-gqa card ./my-student --report ./my-report --donor ./my-donor"),
+    (push, "hf-gqa push ./my-student my-name/my-student"),
 ):
     app.command(epilog=f"Example: {example}")(command)
 

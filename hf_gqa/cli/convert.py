@@ -10,10 +10,11 @@ from ..convert.plan import EXPORTS, ConversionPlan
 from ..convert.target import choose_target
 from ..export.explanation import Explanation, explain
 from ..export.write_student import convert_checkpoint
+from ..human_units import human_bytes, human_count
 from ..methods import METHODS
 from ..staging import check_output
 from .options import Json, Revision, TrustRemoteCode, WeightsOnly
-from .printing import cache_in_words, console, errors_as_messages, heads_in_words, human_bytes, human_count, print_json
+from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 
 
 def convert(

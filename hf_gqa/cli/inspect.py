@@ -5,8 +5,9 @@ from rich.table import Table
 
 from ..convert.donor import open_donor
 from ..export.inspection import inspect_donor
+from ..human_units import human_bytes, human_count
 from .options import Json, Revision, TrustRemoteCode, WeightsOnly
-from .printing import cache_in_words, console, errors_as_messages, heads_in_words, human_bytes, human_count, print_json
+from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 
 
 def inspect(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
+from ..human_units import human_bytes
 from ..refusal import Refusal
 
 
@@ -37,24 +38,6 @@ def errors_as_messages(as_json: bool) -> Iterator[None]:
 
 def print_json(value) -> None:
     print(json.dumps(value, indent=2))
-
-
-def human_bytes(size: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
-def human_count(number: int) -> str:
-    """5049600 -> '5.05M'."""
-    for unit in ("", "K", "M", "B"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}T"
 
 
 def heads_in_words(per_layer: list[int]) -> str:

@@ -3,84 +3,60 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args, get_origin
 
 import typer
 
-from ..uptrain.objectives import OBJECTIVES
-from ..uptrain.phases import TRAINED
-from ..uptrain.recipe import UptrainRecipe
+from ..recipe import Recipe
 
 
-HELP = {
-    "teacher": "Donor to distil from: folder or Hub repository.",
-    "teacher_logits": "Folder of `hf-gqa teacher-logits`, in place of running the teacher.",
-    "train_file": "Text: .txt, .jsonl, .parquet, or folders of them; repeatable.",
-    "dataset_name": "Text: a dataset on the Hub or in a folder.",
-    "dataset_config_name": "Its configuration.",
-    "dataset_split": "Its split; 'train' if not said.",
-    "text_column": "Column to read; 'text', else 'messages', if not said.",
-    "streaming": "Read the dataset as it comes.",
-    "sample_from_teacher": "No text at all: the donor writes it.",
-    "sampled_tokens": "How much it writes; the budget if not said.",
-    "eval_file": "Text to evaluate on; else some of the text is held out.",
-    "eval_tokens": "How much is held out.",
-    "budget_tokens": "Tokens to train on.",
-    "budget_fraction": "The same, as a fraction of --pretraining-tokens; 0.05 in the GQA paper.",
-    "pretraining_tokens": "Tokens that the donor was pre-trained on.",
-    "objective": f"One of {', '.join(OBJECTIVES.names())}; distill if there is a teacher.",
-    "train": f"Parameters to train: {', '.join(TRAINED)}; the objective's choice if not said.",
-    "lora_rank": "Train adapters of this rank, and key and value projections in full.",
-    "learning_rate": "Peak; 0.256 / hidden_size if not said.",
-    "sequence_length": "Tokens per row; what the student can, up to 1024, if not said.",
-    "attend_across_documents": "Let the documents of a packed row see each other.",
-    "per_device_train_batch_size": "Rows; as many as leave some 300 steps if not said.",
-    "gradient_accumulation_steps": "Batches per step.",
-    "gradient_checkpointing": "Less memory, more time; never reentrant.",
-    "bf16": "Compute in bfloat16, with weights in --dtype.",
-    "dtype": "Of the weights while they are trained: float32 or bfloat16.",
-    "torch_compile": "Compile the student.",
-    "seed": "Of the order of the text, of sampled text, of adapters.",
-    "logging_steps": "How often losses are logged.",
-    "eval_steps": "How often the held-out text is evaluated.",
-    "save_steps": "How often a checkpoint is saved.",
-    "export": "Write the 'last' student, or the 'best' by held-out loss.",
-}
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user gave: a file, and options, which win."""
 
+    recipe_class: type[Recipe]
+    config: Path | None
+    given: dict
 
-def with_recipe_options(command: Callable) -> Callable:
-    """The command, whose parameter `asked` (the recipe's keys as given) becomes --config and one option per field."""
-    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "asked"]
-    options = [_option(field.name, field.type) for field in fields(UptrainRecipe) if field.name in HELP]
-    config = typer.Option(None, help="YAML with these options as keys (with underscores); options given win.")
-    options.insert(0, _parameter("config", Path | None, config))
-
-    @functools.wraps(command)
-    def with_options(**values):
-        asked = {name: values.pop(name) for name in HELP}
-        return command(
-            asked=(values.pop("config"), {name: value for name, value in asked.items() if value is not None}), **values
+    def recipe(self) -> Recipe:
+        """Raises Refusal for a file or values that make no recipe."""
+        return self.recipe_class.from_dict(
+            (self.recipe_class.read(self.config) if self.config is not None else {}) | self.given
         )
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *options)]
-    with_options.__signature__ = inspect.Signature(parameters)
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_options
+
+def with_options_of(recipe_class: type[Recipe], help_texts: dict[str, str]) -> Callable[[Callable], Callable]:
+    """Decorates a command: its parameter `asked` becomes --config and one option per field that has a help text."""
+
+    def decorate(command: Callable) -> Callable:
+        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "asked"]
+        chosen = [field for field in fields(recipe_class) if field.name in help_texts]
+        config = typer.Option(None, help="YAML with these options as keys (with underscores); options given win.")
+        options = [_parameter("config", Path | None, config)]
+        options += [_option(field.name, field.type, help_texts[field.name]) for field in chosen]
+
+        @functools.wraps(command)
+        def with_options(**values):
+            asked = {field.name: values.pop(field.name) for field in chosen}
+            given = {name: value for name, value in asked.items() if value is not None}
+            return command(asked=Asked(recipe_class, values.pop("config"), given), **values)
+
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *options)]
+        with_options.__signature__ = inspect.Signature(parameters)
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
 
 
-def recipe_of(asked: tuple[Path | None, dict]) -> UptrainRecipe:
-    """Raises Refusal for a file or values that make no recipe."""
-    config, given = asked
-    return UptrainRecipe.from_dict((UptrainRecipe.read(config) if config is not None else {}) | given)
-
-
-def _option(name: str, kind) -> inspect.Parameter:
+def _option(name: str, kind, help_text: str) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        return _parameter(name, bool | None, typer.Option(None, f"{flag}/--no-{flag[2:]}", help=HELP[name]))
-    kind = list[str] | None if kind == tuple[str, ...] else kind | None
-    return _parameter(name, kind, typer.Option(None, flag, help=HELP[name]))
+        return _parameter(name, bool | None, typer.Option(None, f"{flag}/--no-{flag[2:]}", help=help_text))
+    kind = list[get_args(kind)[0]] | None if get_origin(kind) is tuple else kind | None
+    return _parameter(name, kind, typer.Option(None, flag, help=help_text))
 
 
 def _parameter(name: str, annotation, default) -> inspect.Parameter:

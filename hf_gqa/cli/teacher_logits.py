@@ -4,13 +4,14 @@ from pathlib import Path
 
 import typer
 
+from ..human_units import human_bytes
 from ..uptrain.run import write_teacher_of_recipe
 from .options import Json
-from .printing import console, errors_as_messages, human_bytes, print_json
-from .recipe_options import recipe_of, with_recipe_options
+from .printing import console, errors_as_messages, print_json
+from .uptrain_options import with_uptrain_options
 
 
-@with_recipe_options
+@with_uptrain_options
 def teacher_logits(
     asked,
     student: str = typer.Argument(
@@ -25,7 +26,7 @@ def teacher_logits(
     For teachers that do not fit beside the student: give `hf-gqa uptrain` the same options and --teacher-logits OUTPUT.
     """
     with errors_as_messages(json):
-        stored = write_teacher_of_recipe(student, output, recipe_of(asked), top_k)
+        stored = write_teacher_of_recipe(student, output, asked.recipe(), top_k)
     facts = {"output": str(output), "bytes": stored.bytes_on_disk, "bytes_per_token": stored.bytes_per_token}
     if json:
         print_json(facts)

@@ -5,10 +5,11 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from ..human_units import human_bytes, human_count
 from ..uptrain.run import PLOT_FILE, RESULT_FILE, UptrainResult, UptrainRun
 from .options import Json
-from .printing import console, errors_as_messages, human_bytes, human_count, print_json
-from .recipe_options import recipe_of, with_recipe_options
+from .printing import console, errors_as_messages, print_json
+from .uptrain_options import with_uptrain_options
 
 
 LEARNED = {
@@ -21,7 +22,7 @@ LEARNED = {
 TRAINED = {"all": "everything", "attention": "attention", "key_value": "key and value projections"}
 
 
-@with_recipe_options
+@with_uptrain_options
 def uptrain(
     asked,
     student: str = typer.Argument(..., help="Folder or Hub repository of the student; it is only read."),
@@ -36,7 +37,7 @@ def uptrain(
     With --teacher it learns what the donor does, which takes far fewer tokens than the text alone.
     """
     with errors_as_messages(json):
-        run = UptrainRun(student, output, recipe_of(asked), overwrite=overwrite, resume=resume, explain_only=dry_run)
+        run = UptrainRun(student, output, asked.recipe(), overwrite=overwrite, resume=resume, explain_only=dry_run)
         first = run.trainer.is_world_process_zero()
         explanation = run.explanation()
         if first and not json:

@@ -1,7 +1,106 @@
-"""Bytes of KV cache per token: from the configuration, and from the cache a model really fills."""
+"""Bytes of KV cache: from the configuration, and from the cache that a model really fills, for every class of cache."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from ..refusal import Refusal
+
+
+GROUP_ELEMENTS, GROUP_BITS = 64, 4  # of quantized caches, unless transformers is told otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheClass:
+    """One way in which transformers keeps keys and values.
+
+    Args:
+        make: (configuration, tokens it will hold) -> an empty cache.
+        kept_tokens: (tokens, sliding window of a layer or None) -> tokens that the layer keeps, or has room for.
+        tensor_bytes: (elements of a layer's keys, or of its values; their dtype) -> bytes in which they are kept.
+        missing: () -> what is not installed, or None.
+        group_elements: what a number of elements must be a multiple of.
+        quantizes: whether it keeps fewer bits than the model computes, and takes no sliding windows.
+        offloads: whether layers wait on the host for their turn on a GPU.
+    """
+
+    make: Callable[[PretrainedConfig, int], Cache]
+    kept_tokens: Callable[[int, int | None], int]
+    tensor_bytes: Callable[[int, torch.dtype], int] = lambda elements, dtype: elements * dtype.itemsize
+    missing: Callable[[], str | None] = lambda: None
+    group_elements: int = 1
+    quantizes: bool = False
+    offloads: bool = False
+
+
+def _all_tokens(tokens: int, window: int | None) -> int:
+    return tokens
+
+
+def _window_less_one(tokens: int, window: int | None) -> int:
+    """The token that comes next is the last of its window."""
+    return tokens if window is None else min(tokens, window - 1)
+
+
+def _whole_window(tokens: int, window: int | None) -> int:
+    return tokens if window is None else min(tokens, window)
+
+
+def _grouped_bytes(elements: int, dtype: torch.dtype) -> int:
+    """Bits of the elements, and a scale and a zero point for each group."""
+    return elements * GROUP_BITS // 8 + 2 * (elements // GROUP_ELEMENTS) * dtype.itemsize
+
+
+def _quantized(backend: str, **fields) -> CacheClass:
+    return CacheClass(
+        make=lambda config, tokens: QuantizedCache(backend, config), kept_tokens=_all_tokens, quantizes=True, **fields
+    )
+
+
+_grouped = partial(_quantized, tensor_bytes=_grouped_bytes)
+
+CACHE_CLASSES = {
+    "dynamic": CacheClass(make=lambda config, tokens: DynamicCache(config=config), kept_tokens=_window_less_one),
+    "dynamic_unwindowed": CacheClass(make=lambda config, tokens: DynamicCache(), kept_tokens=_all_tokens),
+    "static": CacheClass(
+        make=lambda config, tokens: StaticCache(config=config, max_cache_len=tokens), kept_tokens=_whole_window
+    ),
+    "offloaded": CacheClass(
+        make=lambda config, tokens: DynamicCache(config=config, offloading=True),
+        kept_tokens=_window_less_one,
+        offloads=True,
+    ),
+    "offloaded_static": CacheClass(
+        make=lambda config, tokens: StaticCache(config=config, max_cache_len=tokens, offloading=True),
+        kept_tokens=_whole_window,
+        offloads=True,
+    ),
+    "quantized_fp8": _quantized(
+        "fp8",
+        tensor_bytes=lambda elements, dtype: elements + torch.float32.itemsize,  # one scale for all of them
+        missing=lambda: None if hasattr(cache_utils, "Fp8QuantizedLayer") else "a newer transformers",
+    ),
+    "quantized_quanto": _grouped(
+        "quanto",
+        group_elements=2 * GROUP_ELEMENTS,  # it packs groups in pairs
+        missing=lambda: None if is_optimum_quanto_available() else "optimum-quanto",
+    ),
+    "quantized_hqq": _grouped(
+        "hqq", group_elements=GROUP_ELEMENTS, missing=lambda: None if is_hqq_available() else "hqq"
+    ),
+}
 
 
 def cache_bytes_per_token_computed(config: PretrainedConfig, num_key_value_heads: list[int], dtype: torch.dtype) -> int:
@@ -12,30 +111,72 @@ def cache_bytes_per_token_computed(config: PretrainedConfig, num_key_value_heads
         num_key_value_heads: of each layer.
         dtype: of the cache.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * sum(num_key_value_heads) * head_dim * dtype.itemsize
+    return 2 * sum(num_key_value_heads) * _head_dim(config) * dtype.itemsize
 
 
 def cache_bytes_per_token_beyond_window(
     config: PretrainedConfig, num_key_value_heads: list[int], dtype: torch.dtype
 ) -> int:
     """The same for a token beyond the sliding window: only layers that attend to everything keep growing."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        window = getattr(config, "sliding_window", None)
-        layer_types = ["sliding_attention" if window else "full_attention"] * len(num_key_value_heads)
-    full = [n for n, kind in zip(num_key_value_heads, layer_types, strict=True) if kind == "full_attention"]
+    windows = layer_windows(config, len(num_key_value_heads))
+    full = [heads for heads, window in zip(num_key_value_heads, windows, strict=True) if window is None]
     return cache_bytes_per_token_computed(config, full, dtype)
 
 
-@torch.no_grad()
+def cache_bytes_computed(
+    config: PretrainedConfig,
+    num_key_value_heads: list[int],
+    dtype: torch.dtype,
+    cache_class: str,
+    num_tokens: int,
+    batch_size: int = 1,
+) -> int:
+    """All that a cache of this class keeps after a prompt of `num_tokens` for each of `batch_size` sequences.
+
+    A static cache has room for `num_tokens` then. What quantized caches keep of tokens that they decode, until they
+    quantize them too, is not counted.
+
+    Raises:
+        Refusal: `cache_class` is unknown.
+    """
+    kind, total = _known(cache_class), 0
+    for heads, window in zip(num_key_value_heads, layer_windows(config, len(num_key_value_heads)), strict=True):
+        elements = batch_size * heads * _head_dim(config) * kind.kept_tokens(num_tokens, window)
+        total += 2 * kind.tensor_bytes(elements, dtype)
+    return total
+
+
+def cache_class_obstacle(
+    cache_class: str, config: PretrainedConfig, num_tokens: int, device: torch.device
+) -> str | None:
+    """Why a model of this configuration cannot fill a cache of this class here; None if it can."""
+    kind, heads = _known(cache_class), key_value_heads(config)
+    windows = layer_windows(config, len(heads))
+    if kind.missing():
+        return f"needs {kind.missing()}, which is not installed"
+    if kind.offloads and device.type != "cuda":
+        return f"moves layers between the host and a GPU, and the model is on {device.type}"
+    if cache_class == "offloaded_static" and all(windows):
+        return "moves layers without a sliding window only, and there is none"
+    if kind.quantizes and any(windows):
+        return "keeps no sliding windows"
+    if any(n * _head_dim(config) * num_tokens % kind.group_elements for n in heads):
+        return f"needs a multiple of {kind.group_elements} elements, which {num_tokens} tokens do not give"
+    return None
+
+
+def cache_bytes_by_class(model: PreTrainedModel, num_tokens: int) -> dict[str, float]:
+    """Bytes per token that the model keeps of `num_tokens` tokens, for every class without a `cache_class_obstacle`."""
+    usable = [c for c in CACHE_CLASSES if cache_class_obstacle(c, model.config, num_tokens, model.device) is None]
+    return {name: _measured(model, name, num_tokens) / num_tokens for name in usable}
+
+
 def cache_bytes_per_token_measured(model: PreTrainedModel, num_tokens: int = 8) -> float:
-    """Fill a DynamicCache with `num_tokens` tokens and count the bytes of its tensors."""
-    tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
-    cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache, use_cache=True)
-    stored = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in stored) / num_tokens
+    """Fill a DynamicCache with `num_tokens` tokens and count the bytes of its tensors.
+
+    Beyond a sliding window these are views of what was read in one piece, which the next token lets go of.
+    """
+    return _measured(model, "dynamic", num_tokens) / num_tokens
 
 
 def key_value_heads(config: PretrainedConfig) -> list[int] | None:
@@ -45,3 +186,48 @@ def key_value_heads(config: PretrainedConfig) -> list[int] | None:
     default = 1 if getattr(config, "multi_query", False) else getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or default
     return None if heads is None else [heads] * config.num_hidden_layers
+
+
+def layer_windows(config: PretrainedConfig, num_layers: int) -> list[int | None]:
+    """Tokens that each layer attends to, its own included; None where it attends to everything."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * num_layers
+    return [None if kind == "full_attention" else window for kind in types]
+
+
+@torch.no_grad()
+def _measured(model: PreTrainedModel, cache_class: str, num_tokens: int) -> int:
+    cache = CACHE_CLASSES[cache_class].make(model.config, num_tokens)
+    tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
+    model(tokens, past_key_values=cache, use_cache=True)
+    stored = [tensor for layer in cache.layers for tensor in _stored_tensors(layer)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
+
+def _stored_tensors(layer) -> Iterator[torch.Tensor]:
+    """What a layer of a cache keeps: its keys and values, and what became of them where it quantizes."""
+    for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+        yield from _inner_tensors(getattr(layer, name, None))
+
+
+def _inner_tensors(value) -> Iterator[torch.Tensor]:
+    """Of tensors made of tensors, and of containers."""
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _inner_tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _inner_tensors(item)
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _known(cache_class: str) -> CacheClass:
+    if cache_class not in CACHE_CLASSES:
+        raise Refusal(f"cache class '{cache_class}' is unknown. Known: {', '.join(CACHE_CLASSES)}.")
+    return CACHE_CLASSES[cache_class]

@@ -116,3 +116,11 @@ def donor_identity(donor: Donor) -> dict:
     if donor.revision is not None:
         return {"name": donor.name, "revision": donor.revision}
     return {"weights_sha256": {file: file_sha256(donor.folder / file) for file in donor.tensors.shards}}
+
+
+def comes_from(manifest: Manifest, donor: Donor) -> bool:
+    """Whether this donor's weights are those that the student was converted from."""
+    recorded = manifest.donor
+    if recorded["revision"] is not None or donor.revision is not None:
+        return recorded["revision"] == donor.revision
+    return recorded["weights_sha256"] == donor_identity(donor)["weights_sha256"]

@@ -42,8 +42,8 @@ def open_student(name_or_path: str | Path, dtype: torch.dtype) -> Student:
         manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
         if not opened.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
             raise Refusal(
-                f"{name_or_path}: is a {opened.model_class.__name__}; uptraining predicts next tokens. Convert a donor with a "
-                f"causal language modelling head."
+                f"{name_or_path}: is a {opened.model_class.__name__}, which predicts no tokens. Convert a donor with a causal "
+                f"language modelling head."
             )
         stored = opened.tensors.dtype(next(name for names in opened.tensors.shards.values() for name in names))
         model = opened.model_class.from_pretrained(folder, config=opened.config, dtype=dtype)

@@ -165,13 +165,14 @@ class Speed:
 class Capacity:
     """Context that fits into `memory_bytes` beside the weights, for `batch_size` sequences at once; computed.
 
-    0 where the weights alone do not fit; `longest_context_tokens` of the model is not a limit here.
+    0 where the weights alone do not fit; None where every layer has a sliding window and all of them fit, so that no
+    context is too long; `longest_context_tokens` of the model is not a limit here.
     """
 
     memory_bytes: int
     batch_size: int
-    donor_context_tokens: int
-    student_context_tokens: int
+    donor_context_tokens: int | None
+    student_context_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
+import torch
+
 from ..convert.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
@@ -67,7 +69,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
         target.config.model_type,
         heads,
         parameters=before["parameters"] + changed * per_head,
-        weight_bytes=before["weight_bytes"] + changed * per_head * _dtype(donor).itemsize,
+        weight_bytes=before["weight_bytes"] + changed * per_head * stored_dtype(donor).itemsize,
     )
     return Explanation(
         donor=donor.name,
@@ -83,7 +85,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
 
 
 def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weight_bytes: int) -> dict:
-    dtype = _dtype(donor)
+    dtype = stored_dtype(donor)
     return {
         "model_type": model_type,
         "num_hidden_layers": len(heads),
@@ -123,7 +125,7 @@ def _has_key_bias(donor: Donor) -> bool:
     return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
 
 
-def _dtype(donor: Donor):
+def stored_dtype(donor: Donor) -> torch.dtype:
     """Of the keys, which is the cache's."""
     ending = _key_tensor(donor, "weight")
     return next(

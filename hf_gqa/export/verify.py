@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 
 from ..convert.bundle_code import foreign_code
 from ..convert.donor import Donor
-from ..convert.manifest import Manifest
+from ..convert.manifest import Manifest, comes_from
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
 from ..refusal import Refusal
-from ..staging import file_sha256
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import write_heads
 from . import fresh_process
@@ -145,15 +144,12 @@ def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
 
 
 def _check_donor(donor: Donor, manifest: Manifest) -> Check:
-    name, recorded = "donor is the one in the manifest", manifest.donor
-    if recorded["revision"] is not None or donor.revision is not None:
-        same = recorded["revision"] == donor.revision
-        return Check(name=name, passed=same, detail=f"revision {donor.revision}, manifest {recorded['revision']}")
-    hashes = {file: file_sha256(donor.folder / file) for file in donor.tensors.shards}
-    same = hashes == recorded["weights_sha256"]
-    return Check(
-        name=name, passed=same, detail="weights have the same SHA-256" if same else "weights have another SHA-256"
-    )
+    name, same = "donor is the one in the manifest", comes_from(manifest, donor)
+    if manifest.donor["revision"] is not None or donor.revision is not None:
+        detail = f"revision {donor.revision}, manifest {manifest.donor['revision']}"
+    else:
+        detail = "weights have the same SHA-256" if same else "weights have another SHA-256"
+    return Check(name=name, passed=same, detail=detail)
 
 
 def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: torch.Tensor) -> Check:

@@ -1,12 +1,12 @@
 """Floor 4: continued training that gives a converted student its quality back."""
 
+from ..text.packing import PackedCollator, packed_rows
+from ..text.sampled import sampled_rows
 from .callback import UptrainCallback
 from .lora import lora_config
-from .packing import PackedCollator, packed_rows
 from .phases import Objective, Phase
 from .recipe import UptrainRecipe
 from .run import UptrainResult, uptrain
-from .sampled_text import sampled_rows
 from .teacher import load_teacher
 from .trainer import DistillationMixin, UptrainTrainer
 

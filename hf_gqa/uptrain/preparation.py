@@ -12,11 +12,11 @@ from ..convert.donor import Donor, open_donor
 from ..convert.student import Student, check_same_tokens
 from ..refusal import Refusal
 from ..staging import file_sha256
+from ..text.packing import check_packing, packed_rows
+from ..text.sampled import sampled_rows
 from ..text.source import TextSource, fingerprint, open_documents
 from .budgeted_rows import BudgetedRows, BudgetedStream
-from .packing import check_packing, packed_rows
 from .recipe import UptrainRecipe
-from .sampled_text import sampled_rows
 from .stored_teacher import StoredTeacher
 
 

@@ -21,11 +21,11 @@ from ..convert.manifest import donor_identity
 from ..convert.student import Student, open_student
 from ..refusal import Refusal
 from ..staging import check_apart, check_output
+from ..text.packing import PackedCollator
 from .callback import UptrainCallback, cache_facts
 from .checkpoints import RECORD_FILE
 from .export_student import export_student
 from .lora import add_lora
-from .packing import PackedCollator
 from .preparation import (
     Text,
     facts_of_run,

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..evaluating import evaluating
 from ..refusal import Refusal
 from ..staging import flush
-from .evaluating import evaluating
 from .stored_teacher import (
     INTEGER_DTYPES,
     SETTINGS_FILE,

@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluating import evaluating
 from ..refusal import Refusal
-from .evaluating import evaluating
 
 
 DOCUMENTS_PER_BATCH = 100

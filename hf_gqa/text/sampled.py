@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluating import evaluating
 from ..refusal import Refusal
 from ..staging import file_sha256, flush
-from .evaluating import evaluating
 from .packing import PACKING_VERSION, rows_with_positions
 
 

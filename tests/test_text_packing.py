@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_gqa import Refusal, convert
-from hf_gqa.uptrain import packing
-from hf_gqa.uptrain.packing import PackedCollator, check_packing, packed_rows, token_pieces
+from hf_gqa.text import packing
+from hf_gqa.text.packing import PackedCollator, check_packing, packed_rows, token_pieces
 
 from .tiny_donors import MODEL_TYPES, VOCAB_SIZE, tiny_donor
 

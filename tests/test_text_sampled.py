@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from hf_gqa import Refusal
-from hf_gqa.uptrain import sampled_text
-from hf_gqa.uptrain.sampled_text import sampled_rows
+from hf_gqa.text import sampled as sampled_text
+from hf_gqa.text.sampled import sampled_rows
 
-from .test_uptrain_packing import letters
+from .test_text_packing import letters
 from .tiny_donors import MODEL_TYPES, tiny_donor
 
 

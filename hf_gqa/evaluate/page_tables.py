@@ -1,0 +1,197 @@
+"""The tables of a report as text, for the page and for the terminal."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..human_units import human_bytes, human_count
+from .report import ContextLoss, Interval, ModelFacts, Report
+from .verdict import confidence, percent, times
+
+
+class Rows(NamedTuple):
+    """Cells are plain text from outside and from us: whoever shows them escapes them."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def number(value: float) -> str:
+    """3.18, 0.0912, 1.2e-05."""
+    return f"{value:.4g}"
+
+
+def change(value: float) -> str:
+    return "0" if value == 0 else f"{value:+.3g}"
+
+
+def with_interval(interval: Interval | None, said: Callable[[float], str] = change) -> str:
+    if interval is None:
+        return "no interval"
+    return f"{said(interval.value)} ({said(interval.low)} to {said(interval.high)})"
+
+
+def main_table(report: Report) -> Rows:
+    """Donor, student, and their difference with its interval."""
+    header = ("", "donor", "student", f"difference ({confidence(report)} interval)")
+    return Rows(header, [*_quality_rows(report), *_cost_rows(report.donor, report.student)])
+
+
+def _quality_rows(report: Report) -> list[tuple[str, ...]]:
+    donor, student, differences = report.donor, report.student, report.differences
+    loss, bits = differences.loss_nats_per_token, differences.bits_per_byte
+    kl, top1 = differences.kl_nats_per_token, differences.top1_agreement_fraction
+    return [
+        (
+            "loss, nats per token",
+            number(donor.loss_nats_per_token),
+            number(student.loss_nats_per_token),
+            _measured(student.loss_nats_per_token - donor.loss_nats_per_token, loss, change),
+        ),
+        (
+            "perplexity",
+            number(donor.perplexity),
+            number(student.perplexity),
+            _measured(student.perplexity / donor.perplexity, differences.perplexity_ratio, lambda x: f"{x:.4g}x"),
+        ),
+        (
+            "bits per byte",
+            number(donor.bits_per_byte),
+            number(student.bits_per_byte),
+            _measured(student.bits_per_byte - donor.bits_per_byte, bits, change),
+        ),
+        ("KL to the donor, nats per token", "", "", _measured(report.kl_nats_per_token, kl, lambda x: f"{x:.3g}")),
+        ("same likeliest token", "", "", _measured(report.top1_agreement_fraction, top1, percent)),
+    ]
+
+
+def _measured(value: float, interval: Interval | None, said: Callable[[float], str]) -> str:
+    return f"{said(value)} (no interval)" if interval is None else with_interval(interval, said)
+
+
+def _cost_rows(donor: ModelFacts, student: ModelFacts) -> list[tuple[str, ...]]:
+    rows = [("KV heads", kv_heads(donor), kv_heads(student), "")]
+    sizes = [
+        ("cache per token, computed", "cache_bytes_per_token_computed", human_bytes),
+        ("cache per token, measured", "cache_bytes_per_token_measured", human_bytes),
+        ("cache per token beyond the window", "cache_bytes_per_token_beyond_window", human_bytes),
+        ("parameters", "parameters", human_count),
+        ("weights", "weight_bytes", human_bytes),
+        ("peak memory", "peak_memory_bytes", human_bytes),
+    ]
+    windowed = any(m.cache_bytes_per_token_beyond_window != m.cache_bytes_per_token_computed for m in (donor, student))
+    for name, field, said in sizes:
+        before, after = getattr(donor, field), getattr(student, field)
+        if (field != "cache_bytes_per_token_beyond_window" or windowed) and None not in (before, after):
+            rows.append((name, said(before), said(after), _smaller(before, after)))
+    return rows
+
+
+def _smaller(before: float, after: float) -> str:
+    if before == after:
+        return "same"
+    if not before or not after:
+        return ""
+    if after < before:
+        return f"{times(before / after)} smaller" if before / after >= 1.1 else f"{percent(1 - after / before)} smaller"
+    return f"{times(after / before)} larger" if after / before >= 1.1 else f"{percent(after / before - 1)} larger"
+
+
+def kv_heads(model: ModelFacts) -> str:
+    """'2', or '8, 2, 2' by layer; of very deep models the numbers that occur."""
+    heads = model.num_key_value_heads
+    if len(set(heads)) == 1:
+        return f"{heads[0]}"
+    return ", ".join(map(str, heads)) if len(heads) <= 12 else f"{min(heads)} to {max(heads)} by layer"
+
+
+def context_range(row: ContextLoss) -> str:
+    first, last = row.first_context_tokens, row.last_context_tokens
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def by_context_table(report: Report) -> Rows:
+    header = ("context, tokens", "scored tokens", "donor", "student", "difference in nats per token", "KL")
+    rows = [
+        (
+            context_range(row),
+            f"{row.tokens:,}",
+            number(row.donor_loss_nats_per_token),
+            number(row.student_loss_nats_per_token),
+            _measured(row.student_loss_nats_per_token - row.donor_loss_nats_per_token, row.difference, change),
+            f"{row.kl_nats_per_token:.3g}",
+        )
+        for row in report.by_context
+    ]
+    return Rows(header, rows)
+
+
+def retrieval_table(report: Report) -> Rows:
+    header = ("task", "context, tokens", "samples", "donor right", "student right", "answer loss of donor, student")
+    rows = [
+        (
+            row.task,
+            f"{row.context_tokens:,}",
+            f"{row.samples}",
+            percent(row.donor_accuracy_fraction),
+            percent(row.student_accuracy_fraction),
+            f"{row.donor_answer_loss_nats_per_token:.3g}, {row.student_answer_loss_nats_per_token:.3g}",
+            with_interval(row.difference),
+        )
+        for row in report.retrieval
+    ]
+    return Rows((*header, "its difference"), rows)
+
+
+def tasks_table(report: Report) -> Rows:
+    """Scores as lm_eval gives them, each with its standard error."""
+    header = ("task", "metric", "shots", "n", "donor", "student", "difference")
+
+    def score(value: float, stderr: float | None) -> str:
+        return number(value) if stderr is None else f"{number(value)} ± {stderr:.2g}"
+
+    rows = [
+        (
+            f"{row.task} (v{row.version})",
+            f"{row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)",
+            f"{row.num_fewshot}",
+            f"{row.samples:,}",
+            score(row.donor, row.donor_stderr),
+            score(row.student, row.student_stderr),
+            _measured(row.student - row.donor, row.difference, change),
+        )
+        for row in report.tasks
+    ]
+    return Rows(header, rows)
+
+
+def speed_table(report: Report) -> Rows:
+    header = ("batch", "context", "donor tokens/s", "student tokens/s", "faster by", "allowed", "first token, seconds")
+    rows = [
+        (
+            f"{row.batch_size}",
+            f"{row.context_tokens:,}",
+            number(row.donor_decode_tokens_per_second),
+            number(row.student_decode_tokens_per_second),
+            f"{times(row.decode_speedup)} ({times(row.decode_speedup_low)} to {times(row.decode_speedup_high)})",
+            times(row.allowed_decode_speedup),
+            f"{row.donor_first_token_seconds:.3g}, {row.student_first_token_seconds:.3g}",
+        )
+        for row in report.speed
+    ]
+    return Rows(header, rows)
+
+
+def capacity_table(report: Report) -> Rows:
+    def fits(tokens: int) -> str:
+        return f"{tokens:,}" if tokens else "none"
+
+    rows = [
+        (
+            human_bytes(row.memory_bytes),
+            f"{row.batch_size}",
+            fits(row.donor_context_tokens),
+            fits(row.student_context_tokens),
+        )
+        for row in report.capacity
+    ]
+    return Rows(("memory", "batch", "donor's context, tokens", "student's context, tokens"), rows)

@@ -1,0 +1,146 @@
+"""The verdict on a conversion, in a few plain sentences that say no more than the numbers of its report."""
+
+from collections.abc import Callable, Sequence
+
+from ..human_units import human_bytes
+from .report import ContextLoss, Interval, Report, Retrieval, Speed, TaskScore
+
+
+SAME_SIZE_FRACTION = 0.005
+COULD_FRACTION = 0.5  # of the answers right; a donor below it says little about what its student lost
+STANDARD_ERRORS = 1.96
+
+
+def verdict(report: Report) -> str:
+    """What became of cache and speed, what it cost, and whether recall or tasks fell.
+
+    There is no single figure of quality kept: an average hides what was lost, so each loss is said as it was measured.
+    """
+    sentences = [f"{_cache(report)}, and {_speed(report.speed)}", _cost(report)]
+    sentences += [_recall(report.retrieval), _tasks(report.tasks)]
+    return " ".join(f"{sentence}." for sentence in sentences if sentence)
+
+
+def times(ratio: float) -> str:
+    """0.5 -> '0.5x'."""
+    return f"{ratio:.3g}x"
+
+
+def percent(fraction: float) -> str:
+    """0.8434 -> '84.3%'."""
+    return f"{100 * fraction:.3g}%"
+
+
+def confidence(report: Report) -> str:
+    """'95%'."""
+    return f"{100 * report.settings.confidence_fraction:g}%"
+
+
+def fallen_recall(rows: Sequence[Retrieval]) -> list[Retrieval]:
+    """Where the student gets fewer answers right than chance explains, or fewer and likelier wrong; worst first."""
+
+    def fell(row: Retrieval) -> bool:
+        lost = row.donor_accuracy_fraction - row.student_accuracy_fraction
+        shares = (row.donor_accuracy_fraction, row.student_accuracy_fraction)
+        error = (sum(share * (1 - share) for share in shares) / row.samples) ** 0.5
+        less_likely = row.difference is not None and row.difference.low > 0
+        return lost > 0 and (less_likely or lost > STANDARD_ERRORS * error)
+
+    return sorted(filter(fell, rows), key=lambda row: row.student_accuracy_fraction - row.donor_accuracy_fraction)
+
+
+def _cache(report: Report) -> str:
+    before, after = report.donor.cache_bytes_per_token_measured, report.student.cache_bytes_per_token_measured
+    if before <= 0 or after <= 0:
+        return "No cache was measured"
+    ratio = before / after
+    if abs(ratio - 1) < SAME_SIZE_FRACTION:
+        return f"The cache is as large as the donor's ({human_bytes(after)} per token)"
+    size = f"{times(ratio)} smaller" if ratio > 1 else f"{times(1 / ratio)} larger"
+    return f"The cache is {size} ({human_bytes(before)} to {human_bytes(after)} per token)"
+
+
+def _speed(cells: Sequence[Speed]) -> str:
+    if not cells:
+        return "speed was not measured"
+    batch = _range([cell.batch_size for cell in cells], str)
+    context = _range([cell.context_tokens for cell in cells], str)
+    measured = _range([cell.decode_speedup for cell in cells], times)
+    allowed = _range([cell.allowed_decode_speedup for cell in cells], times)
+    return (
+        f"{_faster_or_slower(cells)} ({measured} at batch {batch} and context {context}; "
+        f"the bytes moved would allow {allowed})"
+    )
+
+
+def _faster_or_slower(cells: Sequence[Speed]) -> str:
+    """Of a cell, only if all its pairs of runs say the same."""
+    faster = sum(cell.decode_speedup_low > 1 for cell in cells)
+    slower = sum(cell.decode_speedup_high < 1 for cell in cells)
+    if faster == len(cells):
+        return "decoding is faster wherever it was measured"
+    if slower == len(cells):
+        return "decoding is slower wherever it was measured"
+    if not faster:
+        return f"decoding is no faster, and slower in {slower} of {len(cells)} settings" if slower else "decoding is no faster"
+    return f"decoding is faster in {faster} of {len(cells)} settings" + (f" and slower in {slower}" if slower else "")
+
+
+def _range(values: list, said: Callable) -> str:
+    low, high = said(min(values)), said(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _cost(report: Report) -> str:
+    donor, student, interval = report.donor, report.student, report.differences.loss_nats_per_token
+    change = student.loss_nats_per_token - donor.loss_nats_per_token
+    figures = f"perplexity {donor.perplexity:.4g} to {student.perplexity:.4g}; KL {report.kl_nats_per_token:.3g}"
+    agreement = f"; both expect the same next token {percent(report.top1_agreement_fraction)} of the time"
+    if interval is None:
+        said = f"{abs(change):.3g} nats per token {'lower' if change < 0 else 'higher'}"
+        return f"The loss is {said} ({figures}), with no interval because the text is too short for one{agreement}"
+    bounds = f"{confidence(report)} interval {interval.low:.3g} to {interval.high:.3g}; {figures}"
+    if interval.low <= 0 <= interval.high:
+        said = f"No difference in loss was seen ({change:+.3g} nats per token, {bounds})"
+    elif change < 0:
+        said = f"The loss is {abs(change):.3g} nats per token lower than the donor's ({bounds})"
+    else:
+        said = f"It costs {change:.3g} nats per token of loss ({bounds})"
+    return said + _worst_context(report.by_context, interval) + agreement
+
+
+def _worst_context(rows: Sequence[ContextLoss], overall: Interval) -> str:
+    """Contexts where it costs more than on the average, beyond both intervals."""
+    worse = [row for row in rows if row.difference is not None and row.difference.low > max(overall.high, 0)]
+    if not worse:
+        return ""
+    worst = max(worse, key=lambda row: row.difference.value)
+    return (
+        f", {worst.difference.value:.3g} at {worst.first_context_tokens} to {worst.last_context_tokens} "
+        "tokens of context"
+    )
+
+
+def _recall(rows: Sequence[Retrieval]) -> str:
+    if not rows:
+        return ""
+    fallen = fallen_recall(rows)
+    if fallen:
+        worst = fallen[0]
+        return (
+            f"Retrieval fell in {len(fallen)} of {len(rows)} settings, most on {worst.task} at {worst.context_tokens} tokens: "
+            f"{percent(worst.donor_accuracy_fraction)} to {percent(worst.student_accuracy_fraction)} of answers right"
+        )
+    best = max(row.donor_accuracy_fraction for row in rows)
+    if best < COULD_FRACTION:
+        return f"Retrieval says little: the donor itself gets at most {percent(best)} of the answers right"
+    return f"No fall in retrieval was seen ({_range([row.samples for row in rows], str)} samples per setting)"
+
+
+def _tasks(scores: Sequence[TaskScore]) -> str:
+    judged = [score for score in scores if score.difference is not None]
+    worse = [s for s in judged if (s.difference.high < 0 if s.higher_is_better else s.difference.low > 0)]
+    if not worse:
+        return ""
+    names = ", ".join(dict.fromkeys(score.task for score in worse[:3])) + (", ..." if len(worse) > 3 else "")
+    return f"Worse beyond their intervals: {len(worse)} of {len(judged)} task scores ({names})"

@@ -1,0 +1,185 @@
+"""The tables of a card: the numbers of a report as Markdown, each formatted in one place."""
+
+from ..evaluate.report import Interval, ModelFacts, Report
+from ..human_units import human_bytes
+from .markdown import code, plain, table
+
+
+NOTHING = "-"
+
+
+def tables(report: Report) -> dict[str, str]:
+    """Name of the section -> its table; sections of which nothing was measured have none."""
+    rows = {
+        "quality": _quality(report),
+        "by_context": _by_context(report),
+        "cache": _cache(report),
+        "speed": _speed(report),
+        "capacity": _capacity(report),
+        "retrieval": _retrieval(report),
+        "tasks": _tasks(report),
+    }
+    return {name: table(*found) for name, found in rows.items() if found[1]}
+
+
+def number(value: float) -> str:
+    """Four digits, whole numbers in full: 24.0468 -> '24.05', 12288 -> '12,288'."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def percent(fraction: float) -> str:
+    """0.8434 -> '84.34%'."""
+    return f"{fraction:.2%}"
+
+
+def heads_in_words(per_layer: tuple[int, ...]) -> str:
+    """(2, 2, 2) -> '2'; (8, 2, 2) -> '8, 2, 2'."""
+    return str(per_layer[0]) if len(set(per_layer)) == 1 else ", ".join(map(str, per_layer))
+
+
+def confidence(report: Report) -> str:
+    return f"{100 * report.settings.confidence_fraction:.4g}%"
+
+
+def _interval(interval: Interval | None, said=number, sign: bool = True) -> str:
+    if interval is None:
+        return NOTHING
+    plus = "+" if sign and interval.value > 0 else ""
+    return f"{plus}{said(interval.value)} ({said(interval.low)} to {said(interval.high)})"
+
+
+def _quality(report: Report):
+    donor, student, difference = report.donor, report.student, report.differences
+    header = ["", "donor", "student", f"student against donor ({confidence(report)} interval)"]
+    ratio = _interval(difference.perplexity_ratio, lambda value: f"{number(value)}x", sign=False)
+    rows = [
+        ["perplexity", number(donor.perplexity), number(student.perplexity), ratio],
+        _pair("loss, nats per token", donor, student, "loss_nats_per_token", difference.loss_nats_per_token),
+        _pair("bits per byte", donor, student, "bits_per_byte", difference.bits_per_byte),
+        ["KL from the donor, nats per token", NOTHING, number(report.kl_nats_per_token)],
+        ["same likeliest next token", NOTHING, percent(report.top1_agreement_fraction)],
+    ]
+    rows[3].append(_interval(difference.kl_nats_per_token, sign=False))
+    rows[4].append(_interval(difference.top1_agreement_fraction, percent, sign=False))
+    return header, rows
+
+
+def _pair(label: str, donor: ModelFacts, student: ModelFacts, name: str, difference: Interval | None) -> list[str]:
+    return [label, number(getattr(donor, name)), number(getattr(student, name)), _interval(difference)]
+
+
+def _by_context(report: Report):
+    header = ["tokens before", "tokens scored", "donor's loss", "student's loss", "KL", "difference of the losses"]
+    rows = [
+        [
+            f"{row.first_context_tokens:,} to {row.last_context_tokens:,}",
+            number(row.tokens),
+            number(row.donor_loss_nats_per_token),
+            number(row.student_loss_nats_per_token),
+            number(row.kl_nats_per_token),
+            _interval(row.difference),
+        ]
+        for row in report.by_context
+    ]
+    return header, rows
+
+
+def _cache(report: Report):
+    facts = {
+        "KV heads of a layer": lambda model: heads_in_words(model.num_key_value_heads),
+        "query heads of a layer": lambda model: str(model.num_attention_heads),
+        "cache per token, computed": lambda model: human_bytes(model.cache_bytes_per_token_computed),
+        "cache per token, measured": lambda model: human_bytes(model.cache_bytes_per_token_measured),
+        "cache per token beyond the window": lambda model: human_bytes(model.cache_bytes_per_token_beyond_window),
+        "parameters": lambda model: f"{model.parameters:,}",
+        "weights": lambda model: human_bytes(model.weight_bytes),
+        "peak memory": lambda model: human_bytes(model.peak_memory_bytes) if model.peak_memory_bytes else NOTHING,
+    }
+    windows = any(
+        model.cache_bytes_per_token_beyond_window != model.cache_bytes_per_token_computed
+        for model in (report.donor, report.student)
+    )
+    if not windows:
+        del facts["cache per token beyond the window"]
+    return ["", "donor", "student"], [
+        [label, said(report.donor), said(report.student)] for label, said in facts.items()
+    ]
+
+
+def _speed(report: Report):
+    header = ["batch x context", "runs", "donor, tokens/s", "student, tokens/s", "decoding (range)"]
+    header += ["bytes would allow", "donor's first token", "student's first token", "first token"]
+    rows = [
+        [
+            f"{row.batch_size:,} x {row.context_tokens:,}",
+            str(row.repetitions),
+            number(row.donor_decode_tokens_per_second),
+            number(row.student_decode_tokens_per_second),
+            f"{number(row.decode_speedup)}x ({number(row.decode_speedup_low)} to {number(row.decode_speedup_high)})",
+            f"{number(row.allowed_decode_speedup)}x",
+            f"{number(row.donor_first_token_seconds)} s",
+            f"{number(row.student_first_token_seconds)} s",
+            f"{number(row.first_token_speedup)}x",
+        ]
+        for row in report.speed
+    ]
+    return header, rows
+
+
+def _capacity(report: Report):
+    rows = [
+        [
+            human_bytes(row.memory_bytes),
+            str(row.batch_size),
+            _any_or(row.donor_context_tokens),
+            _any_or(row.student_context_tokens),
+        ]
+        for row in report.capacity
+    ]
+    return ["memory", "batch", "donor's context, tokens", "student's context, tokens"], rows
+
+
+def _any_or(tokens: int | None) -> str:
+    return "any" if tokens is None else f"{tokens:,}"
+
+
+def _retrieval(report: Report):
+    header = ["task", "context", "samples", "donor right", "student right"]
+    header += ["donor's loss of the answer", "student's", "difference"]
+    rows = [
+        [
+            plain(row.task),
+            f"{row.context_tokens:,}",
+            str(row.samples),
+            percent(row.donor_accuracy_fraction),
+            percent(row.student_accuracy_fraction),
+            number(row.donor_answer_loss_nats_per_token),
+            number(row.student_answer_loss_nats_per_token),
+            _interval(row.difference),
+        ]
+        for row in report.retrieval
+    ]
+    return header, rows
+
+
+def _tasks(report: Report):
+    header = ["task", "metric", "version", "shots", "n", "better", "donor (stderr)", "student (stderr)", "difference"]
+    rows = [
+        [
+            code(row.task),
+            code(row.metric),
+            code(row.version),
+            str(row.num_fewshot),
+            f"{row.samples:,}",
+            "higher" if row.higher_is_better else "lower",
+            _with_stderr(row.donor, row.donor_stderr),
+            _with_stderr(row.student, row.student_stderr),
+            _interval(row.difference),
+        ]
+        for row in report.tasks
+    ]
+    return header, rows
+
+
+def _with_stderr(value: float, stderr: float | None) -> str:
+    return number(value) if stderr is None else f"{number(value)} ({number(stderr)})"
