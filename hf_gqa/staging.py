@@ -121,8 +121,7 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
 
 def _flush(folder: Path) -> None:
     """Everything to disk, with the permissions that the user's umask gives."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = _umask()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             path.chmod(0o666 & ~mask)
@@ -138,6 +137,33 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def publish_file(partial: Path, file: Path) -> None:
+    """The file has its name only when its bytes are on disk."""
+    flush(partial)
+    os.replace(partial, file)
+    flush(file.parent)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write beside its final place and rename, so that it is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as written:
+            written.write(text)
+        os.chmod(partial, 0o666 & ~_umask())
+        publish_file(Path(partial), file)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def file_sha256(path: Path) -> str:

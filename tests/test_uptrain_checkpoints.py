@@ -106,10 +106,11 @@ def test_record_says_what_the_checkpoint_consists_of(whole):
 
 
 def test_the_record_covers_sub_folders_and_is_written_after_everything_is_on_disk(run, monkeypatch):
-    (run / "checkpoint-3/shards").mkdir()
+    os.makedirs(run / "checkpoint-3/shards")
     (run / "checkpoint-3/shards/0.pt").write_bytes(b"12")
     flushed, replace, flush = [], os.replace, checkpoints.flush
-    monkeypatch.setattr(checkpoints, "flush", lambda path: (flushed.append(path.name), flush(path)))
+    for module in ("uptrain.checkpoints", "staging"):
+        monkeypatch.setattr(f"hf_gqa.{module}.flush", lambda path: (flushed.append(path.name), flush(path)))
     monkeypatch.setattr(os, "replace", lambda a, b: (flushed.append("renamed"), replace(a, b)))
     checkpoints.write_record(run / "checkpoint-3", {"plan": "b"})
     before, after = flushed[: flushed.index("renamed")], flushed[flushed.index("renamed") + 1 :]
@@ -387,8 +388,7 @@ def test_killed_runs_resume_to_the_whole_one(in_a_process, tmp_path, whole, runs
     in_a_process(tmp_path / "imported")
     begun, draw, torn = time.monotonic(), random.Random(runs), in_a_process(tmp_path / "timed")
     run_seconds = time.monotonic() - begun
-    for number in range(runs):
-        folder, step = tmp_path / str(number), 0
+    for folder, step in [(tmp_path / str(number), 0) for number in range(runs)]:
         for kill in range(kills + 1):
             seconds = draw.uniform(0.2, 0.9) * run_seconds if kill < kills else 60
             code = in_a_process(folder, seconds=seconds, in_save=kill == 0)

@@ -163,27 +163,26 @@ import json, os, signal, sys
 from pathlib import Path
 
 import torch
-
 torch.set_num_threads(1)  # a fork of a process whose thread pools have started may hang
+from hf_gqa import staging
 from tests.test_uptrain_stored_teacher import WRITTEN, bytes_of, packed_rows, tiny_donor, write_teacher_logits, writer
 
 scratch, teacher, rows = Path(sys.argv[1]), tiny_donor("llama"), packed_rows()
 
 
-def run(name, call):
-    folder, original, calls = scratch / f"{name} {call}", getattr(writer, name), []
+def run(place, name, call):
+    folder, original, calls = scratch / f"{name} {call}", getattr(place, name), []
 
     def replacement(*args):
         calls.append(args)
         if len(calls) == call:
-            if name == "save_file":
-                args[1].write_bytes(b"half")
+            args[1].write_bytes(b"half") if name == "save_file" else None
             os.kill(os.getpid(), signal.SIGKILL)
         original(*args)
 
     process = os.fork()
     if process == 0:
-        setattr(writer, name, replacement)
+        setattr(place, name, replacement)
         write_teacher_logits(teacher, rows, folder, **WRITTEN)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     left = sorted(path.name for path in folder.iterdir())
@@ -192,7 +191,8 @@ def run(name, call):
 
 
 write_teacher_logits(teacher, rows, scratch / "whole", **WRITTEN)
-print(json.dumps([run("_publish", 1), run("save_file", 2), run("_publish", 3), run("flush", 6), run("_publish", 5)]))
+KILLS = (writer, "publish_file", 1), (writer, "save_file", 2), (writer, "publish_file", 3), (staging, "flush", 6)
+print(json.dumps([run(*kill) for kill in (*KILLS, (writer, "publish_file", 5))]))
 """
 
 

@@ -7,9 +7,10 @@ import typer
 from ..evaluate.report import PAGE_FILE, Report
 from ..export.card_lint import lint_card
 from ..export.licence import find_licence, licence_of_donor
-from ..export.model_card import is_ours, make_card, replace_file, write_card
+from ..export.model_card import is_ours, make_card, write_card
 from ..export.pushed_files import CARD_FILE, EVALUATION_FOLDER
 from ..refusal import Refusal
+from ..staging import replace_file
 from .options import Json
 from .printing import CHECK_FAILED, console, errors_as_messages, print_json
 

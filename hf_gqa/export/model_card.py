@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,7 +13,7 @@ from ..convert.manifest import MANIFEST_FILE
 from ..evaluate.report import PAGE_FILE, REPORT_FILE, Report
 from ..evaluate.verdict import verdict
 from ..refusal import Refusal
-from ..staging import flush
+from ..staging import replace_file
 from .card_tables import confidence, tables
 from .card_words import command, facts, limits, machine, measured_text, recipe, settings
 from .licence import Licence, find_licence, write_licence
@@ -100,23 +98,6 @@ def write_card(card: ModelCard, report: Report, student: Path, licence: Licence,
         (evidence / PAGE_FILE).unlink(missing_ok=True)  # of an earlier report
     write_licence(licence, evidence)
     replace_file(student / CARD_FILE, str(card))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write beside its final place and rename, so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(staged, 0o666 & ~mask)
-        flush(Path(staged))
-        os.replace(staged, path)
-    except BaseException:
-        os.unlink(staged)
-        raise
 
 
 def is_ours(card_text: str) -> bool:

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..convert.donor import Donor, carry_files, open_donor
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
 from ..convert.surgery import converted_shards
 from ..convert.target import Target, choose_target
+from ..progress_bar import progress_bar
 from ..staging import check_output, file_sha256, flush, staged_folder
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
@@ -113,8 +112,7 @@ def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: 
 def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Target) -> Iterator:
     """With a bar on terminals, unless Hugging Face's own bars are switched off."""
     total_bytes = facts(donor)["weight_bytes"]
-    hidden = True if are_progress_bars_disabled() else None  # None: hidden where the output is no terminal
-    with tqdm(desc="Converting", total=total_bytes, unit="B", unit_scale=True, disable=hidden) as bar:
+    with progress_bar("Converting", total_bytes, "B", unit_scale=True) as bar:
         yield from converted_shards(donor, plan, target, bar.update)
 
 

@@ -1,7 +1,6 @@
 """Text that the donor itself writes, where there is none to uptrain on."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluating import evaluating
+from ..progress_bar import progress_bar
 from ..refusal import Refusal
-from ..staging import file_sha256, flush
+from ..staging import file_sha256, publish_file
 from .packing import PACKING_VERSION, rows_with_positions
 
 
@@ -69,8 +67,7 @@ def sampled_rows(
     _open_folder(folder, settings)
     num_rows = -(-tokens // sequence_length)
     shards = [folder / f"shard-{number:05d}.safetensors" for number in range(-(-num_rows // batch_size))]
-    hidden = True if are_progress_bars_disabled() else None  # None: hidden where the output is no terminal
-    with tqdm(desc="Sampling", total=len(shards) * batch_size, unit="row", disable=hidden) as bar:
+    with progress_bar("Sampling", len(shards) * batch_size, "row") as bar:
         for number, shard in enumerate(shards):
             if shard.exists():
                 _read_shard(shard, (batch_size, sequence_length))
@@ -113,9 +110,7 @@ def _write(file: Path, content: bytes) -> None:
     """Complete, or not at all."""
     partial = file.with_name(f".{file.name}{PARTIAL}")
     partial.write_bytes(content)
-    flush(partial)
-    os.replace(partial, file)
-    flush(file.parent)
+    publish_file(partial, file)
 
 
 def _sampled_shard(donor_model: PreTrainedModel, settings: dict, number: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..refusal import Refusal
-from ..staging import file_sha256, flush
+from ..staging import file_sha256, flush, publish_file
 
 
 logger = logging.get_logger(__name__)
@@ -84,9 +84,7 @@ def write_record(folder: Path, facts: dict) -> None:
     record = {"format": RECORD_FORMAT, "global_step": step, "files": files, "facts": facts}
     unfinished = folder / UNFINISHED_RECORD
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    flush(unfinished)
-    os.replace(unfinished, folder / RECORD_FILE)
-    flush(folder)
+    publish_file(unfinished, folder / RECORD_FILE)
     flush(folder.parent)
 
 

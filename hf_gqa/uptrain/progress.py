@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
-from huggingface_hub.utils import are_progress_bars_disabled
-from tqdm import tqdm
 from transformers import TrainerCallback
+
+from ..progress_bar import progress_bar
 
 
 class UptrainProgress(TrainerCallback):
@@ -15,10 +15,8 @@ class UptrainProgress(TrainerCallback):
         self.budget_tokens, self.bar, self.facts = budget_tokens, None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hidden = True if are_progress_bars_disabled() or not state.is_world_process_zero else None
-        self.bar = tqdm(
-            desc="Uptraining", total=self.budget_tokens, unit="tok", unit_scale=True, disable=hidden, dynamic_ncols=True
-        )
+        shown = state.is_world_process_zero
+        self.bar = progress_bar("Uptraining", self.budget_tokens, "tok", shown=shown, unit_scale=True)
         self.bar.update(min(self.budget_tokens, state.num_input_tokens_seen))
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -4,22 +4,21 @@ Shapes: B rows of a batch, S sequence, V vocabulary, k listed tokens, C tokens o
 """
 
 import errno
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..evaluating import evaluating
+from ..progress_bar import progress_bar
 from ..refusal import Refusal
-from ..staging import flush
+from ..staging import publish_file
 from .stored_teacher import (
     INTEGER_DTYPES,
     SETTINGS_FILE,
@@ -76,10 +75,9 @@ def write_teacher_logits(
     present = [shard for shard in range(settings.num_shards) if (folder / shard_file(shard)).exists()]
     for shard in present:
         check_shard(folder, settings, shard)
-    hidden = True if are_progress_bars_disabled() else None  # None: hidden where the output is no terminal
     done = sum(settings.shard_shape(shard)[0] for shard in present)
     with (
-        tqdm(desc="Teacher", total=settings.num_rows, initial=done, unit=" rows", disable=hidden) as bar,
+        progress_bar("Teacher", settings.num_rows, "row", initial=done) as bar,
         evaluating(teacher),
     ):
         if not (folder / SETTINGS_FILE).is_file():
@@ -180,17 +178,10 @@ def _write_shard(folder: Path, shard: int, tensors: dict[str, torch.Tensor]) -> 
         raise OSError(errno.EIO, f"writing failed ({error}). What is complete stays", str(partial)) from None
     # safetensors writes for the user alone; the settings have the mode of the user's umask
     shutil.copymode(folder / SETTINGS_FILE, partial)
-    _publish(partial, folder / shard_file(shard))
+    publish_file(partial, folder / shard_file(shard))
 
 
 def _write_settings(folder: Path, settings: TeacherLogitsSettings) -> None:
     partial = folder / (SETTINGS_FILE + PARTIAL)
     partial.write_text(settings.to_json(), encoding="utf-8")
-    _publish(partial, folder / SETTINGS_FILE)
-
-
-def _publish(partial: Path, file: Path) -> None:
-    """The file has its name only when its bytes are on disk."""
-    flush(partial)
-    os.replace(partial, file)
-    flush(file.parent)
+    publish_file(partial, folder / SETTINGS_FILE)

@@ -15,7 +15,7 @@ from ..evaluate.report import Report
 from ..evaluate.write_report import write_report
 from ..export.write_student import convert_checkpoint
 from ..refusal import Refusal
-from ..staging import check_apart
+from ..staging import check_apart, replace_file
 from ..uptrain.recipe import UptrainRecipe
 from ..uptrain.run import UptrainRun
 from .run_recipe import REPORT, STUDENT
@@ -161,8 +161,6 @@ class Sweep:
 
 def write_table(table: SweepTable, folder: Path) -> None:
     """JSON, CSV and plot; each is replaced at one stroke."""
-    text = json.dumps(asdict(table), indent=2, allow_nan=False) + "\n"
-    for name, content in ((SWEEP_FILE, text), (TABLE_FILE, as_csv(table)), (PLOT_FILE, plot_sweep(table))):
-        staged = folder / f".{name}.partial"
-        staged.write_text(content, encoding="utf-8")
-        staged.replace(folder / name)
+    replace_file(folder / SWEEP_FILE, json.dumps(asdict(table), indent=2, allow_nan=False) + "\n")
+    replace_file(folder / TABLE_FILE, as_csv(table))
+    replace_file(folder / PLOT_FILE, plot_sweep(table))
