@@ -40,11 +40,13 @@ test-oldest: wheel
 	$(PYTHON) -m venv --clear $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 		"transformers==$(OLDEST_TRANSFORMERS)" pytest pytest-xdist hypothesis dist/*.whl
-	mkdir -p $(OLDEST_VENV)/run && rm -rf $(OLDEST_VENV)/run/tests && cp -r tests $(OLDEST_VENV)/run/
+	mkdir -p $(OLDEST_VENV)/run && rm -rf $(OLDEST_VENV)/run/* && cp -r tests examples $(OLDEST_VENV)/run/
 	cd $(OLDEST_VENV)/run && ../bin/python -m pytest -q -n 2 -W default -p no:cacheprovider -m "not slow" \
 		tests/test_conformance*.py tests/test_bundle.py tests/test_runtime.py tests/test_verify.py \
 		tests/test_uptrain_teacher.py tests/test_uptrain_layer_matching.py tests/test_uptrain_callback.py \
-		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py
+		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py \
+		tests/test_evaluate_quality.py tests/test_evaluate_evaluation.py tests/test_evaluate_recall.py \
+		tests/test_evaluate_speed.py tests/test_model_card.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info students

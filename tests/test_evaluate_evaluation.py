@@ -56,11 +56,13 @@ def losses_by_hand(name: str, documents: list[str], context: int) -> list[float]
     losses = []
     for text in documents:
         tokens = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        windows = {}
         for target in range(1, len(tokens)):
             end = min(len(tokens) - 1, math.ceil(target / context) * context)  # of the window that scores it
             begin = max(0, end - context)
-            logits = model(torch.tensor([tokens[begin:end]])).logits[0].double()
-            losses.append(float(-logits.log_softmax(-1)[target - begin - 1, tokens[target]]))
+            if begin not in windows:
+                windows[begin] = model(torch.tensor([tokens[begin:end]])).logits[0].double().log_softmax(-1)
+            losses.append(float(-windows[begin][target - begin - 1, tokens[target]]))
     return losses
 
 

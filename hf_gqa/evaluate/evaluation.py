@@ -1,11 +1,13 @@
 """From a student and its donor on disk to a report."""
 
 import shlex
+import sys
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import get_origin
 
+import datasets
 import numpy as np
 from transformers import PreTrainedModel
 
@@ -57,6 +59,8 @@ class Evaluation:
         **recipe_fields,
     ):
         recipe = recipe if recipe is not None else EvaluationRecipe.from_dict(recipe_fields)
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         self.donor_name = donor_name or (donor.name if isinstance(donor, Donor) else str(donor))
         donor = donor if isinstance(donor, Donor) else open_donor(donor)
         self.converted = converted
