@@ -148,6 +148,16 @@ def test_everything_at_once(folder):
     assert any("The models take 512 tokens" in note for note in found.notes)
 
 
+def test_a_measurement_that_fails_is_a_note(folder, monkeypatch):
+    def fail(*arguments, **options):
+        raise Refusal("the process ended with 137.")
+
+    monkeypatch.setattr("hf_gqa.evaluate.evaluation.peak_memory_bytes", fail)
+    found = evaluate(folder / "same", DONOR, sampled_tokens=96, **FAST | {"peak_memory": True})
+    assert found.student.peak_memory_bytes is None and found.kl_nats_per_token == 0
+    assert sum("was not measured: the process ended with 137." in note for note in found.notes) == 2
+
+
 def test_the_donor_can_write_the_text(folder):
     found = evaluate(folder / "student", DONOR, sampled_tokens=480, **FAST)
     again = evaluate(folder / "student", DONOR, sampled_tokens=480, **FAST)
@@ -215,6 +225,11 @@ def test_another_vocabulary_is_refused(folder, text, tmp_path):
         ({"sampled_tokens": 100, "device": "toaster"}, r"device = 'toaster' is not to be had .* use cpu\."),
         ({"sampled_tokens": 100, "attn_implementation": "magic"}, r"attn_implementation = 'magic' cannot be used"),
         ({"sampled_tokens": 100, "memory": ("lots",)}, r"memory = 'lots' is no amount of memory\."),
+        ({"sampled_tokens": 100, "speed": True, "repetitions": 1}, r"speed: repetitions = 1 are too few for a median"),
+        (
+            {"sampled_tokens": 100, "speed": True, "speed_context_lengths": (510,)},
+            r"more than the 512 positions of the",
+        ),
         ({"sampled_tokens": 100, "windows": 3}, r"recipe: unknown key 'windows'\. Known: text, "),
     ],
 )

@@ -27,7 +27,7 @@ from .recall import lengths, lengths_left_out, recall
 from .recipe import EvaluationRecipe
 from .report import FORMAT, ModelFacts, Report, Retrieval, TextFacts
 from .retrieval import RETRIEVAL
-from .speed import measure_speed
+from .speed import check_speed, measure_speed
 
 
 LONGEST_UNASKED = 2048
@@ -63,12 +63,19 @@ class Evaluation:
             datasets.disable_progress_bars()
         self.donor_name = donor_name or (donor.name if isinstance(donor, Donor) else str(donor))
         donor = donor if isinstance(donor, Donor) else open_donor(donor)
-        self.converted = converted
+        self.converted, self.failed = converted, []
         self.memory_bytes = [parse_memory(size) for size in recipe.memory]
         check_tasks(recipe.tasks, folder_of_tasks(recipe))
         self.pair: Pair = open_pair(student, donor, recipe.dtype, recipe.device, recipe.attn_implementation)
         self.recipe = resolve_sizes(recipe, self.pair)
+        self._check_speed()
         self.documents: Documents = self._documents()
+
+    def _check_speed(self) -> None:
+        recipe, pair = self.recipe, self.pair
+        if recipe.speed:
+            sizes = recipe.speed_batch_sizes, recipe.speed_context_lengths
+            check_speed(pair.donor, pair.student, *sizes, recipe.decode_tokens, recipe.repetitions)
 
     def _documents(self) -> Documents:
         recipe, pair = self.recipe, self.pair
@@ -139,7 +146,7 @@ class Evaluation:
             conversion=asdict(manifest) if manifest is not None else None,
             recipe=None,
             command=self.command(),
-            notes=(*self.pair.notes, *self._notes(scores), *self._not_recalled(recalled), *not_timed),
+            notes=(*self.pair.notes, *self._notes(scores), *self._not_recalled(recalled), *not_timed, *self.failed),
         )
 
     def _score(self) -> TokenScores:
@@ -203,18 +210,26 @@ class Evaluation:
         return continuations(pair, prompts, recipe.continuation_tokens, self.converted)
 
     def _facts(self, model: PreTrainedModel, name: str, losses_N: np.ndarray, folder: Path) -> ModelFacts:
-        recipe, peak = self.recipe, None
-        if recipe.peak_memory:
-            peak = peak_memory_bytes(
+        return model_facts(model, name, losses_N, self.documents.text_bytes, self._peak_memory(folder, name))
+
+    def _peak_memory(self, folder: Path, name: str) -> int | None:
+        """A failure becomes a note: it is no reason to lose what was measured before."""
+        recipe = self.recipe
+        if not recipe.peak_memory:
+            return None
+        try:
+            return peak_memory_bytes(
                 folder,
                 dtype=self.dtype_name,
                 batch_size=recipe.speed_batch_sizes[-1],
                 context_tokens=max(recipe.speed_context_lengths),
                 decode_tokens=recipe.decode_tokens,
                 attn_implementation=recipe.attn_implementation,
-                device=str(model.device),
+                device=str(self.pair.student.device),
             )
-        return model_facts(model, name, losses_N, self.documents.text_bytes, peak)
+        except Refusal as error:
+            self.failed.append(f"The peak memory of {name} was not measured: {error}")
+            return None
 
     def _text_facts(self, scores: TokenScores) -> TextFacts:
         documents, recipe = self.documents, self.recipe

@@ -89,6 +89,8 @@ class EvaluationRecipe(Recipe):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"{name} = {value} is not a positive whole number. Use 1 or more.")
+        if not self.speed_batch_sizes:
+            raise Refusal("speed_batch_sizes: is empty. Give one or more, or leave it out.")
         for name in ("speed_batch_sizes", "speed_context_lengths"):
             if any(value < 1 for value in getattr(self, name)):
                 raise Refusal(f"{name} = {list(getattr(self, name))}: use whole numbers from 1 on.")

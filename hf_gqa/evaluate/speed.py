@@ -57,7 +57,7 @@ def measure_speed(
     Raises:
         Refusal: too few repetitions, or more tokens than the models have positions for.
     """
-    _check(donor, student, batch_sizes, context_lengths, decode_tokens, repetitions)
+    check_speed(donor, student, batch_sizes, context_lengths, decode_tokens, repetitions)
     points, notes = [], []
     for batch_size in batch_sizes:
         for context_tokens in context_lengths:
@@ -178,7 +178,15 @@ def _point(
     )
 
 
-def _check(donor, student, batch_sizes, context_lengths, decode_tokens: int, repetitions: int) -> None:
+def check_speed(
+    donor: PreTrainedModel,
+    student: PreTrainedModel,
+    batch_sizes: Sequence[int],
+    context_lengths: Sequence[int],
+    decode_tokens: int,
+    repetitions: int,
+) -> None:
+    """Raises the Refusal that `measure_speed` would begin with, before anything else has been computed."""
     assert not donor.training and not student.training and donor.device == student.device
     if repetitions < FEWEST_REPETITIONS:
         raise Refusal(f"speed: repetitions = {repetitions} are too few for a median. Use {FEWEST_REPETITIONS} or more.")
