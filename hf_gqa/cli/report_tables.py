@@ -1,9 +1,49 @@
-"""A report in the terminal."""
+"""A report in the terminal: its verdict, and the tables of its page."""
 
+from rich.table import Table
+
+from ..evaluate.page_tables import (
+    Rows,
+    by_context_table,
+    capacity_table,
+    main_table,
+    retrieval_table,
+    speed_table,
+    tasks_table,
+)
 from ..evaluate.report import Report
 from ..evaluate.verdict import verdict
 from .printing import console
 
 
+SECTIONS = {
+    "": main_table,
+    "by tokens of context": by_context_table,
+    "recall": retrieval_table,
+    "tasks, ± standard error": tasks_table,
+    "speed": speed_table,
+    "context that fits beside the weights": capacity_table,
+}
+
+
 def print_report(report: Report) -> None:
-    console().print(verdict(report))
+    """Sections without data are left out."""
+    out = console()
+    out.print()
+    for title, rows_of in SECTIONS.items():
+        rows = rows_of(report)
+        if rows.rows:
+            out.print(table_of(rows, title))
+    for note in report.notes:
+        out.print(f"note: {note}")
+    out.print(verdict(report))
+
+
+def table_of(rows: Rows, title: str) -> Table:
+    """Numbers stand to the right, names to the left."""
+    table = Table(title=title or None, title_justify="left")
+    for number, name in enumerate(rows.header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows.rows:
+        table.add_row(*row)
+    return table

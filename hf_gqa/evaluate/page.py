@@ -63,7 +63,7 @@ def make_page(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-    notes = element("h3", "What to know about these numbers") + bullets(report.notes) if report.notes else ""
+    notes = section("What to know about these numbers", bullets(report.notes)) if report.notes else ""
     return (
         element("p", text_of(verdict(report)), class_="verdict")
         + _figures(report)
@@ -208,5 +208,7 @@ def _settings(report: Report) -> str:
         *((name, version) for name, version in settings.versions.items()),
     ]
     return section(
-        "Text and settings", table(Rows(("", "text"), of_text), "Text"), table(Rows(("", "setting"), of_run), "Settings")
+        "Text and settings",
+        table(Rows(("", "text"), of_text), "Text"),
+        table(Rows(("", "setting"), of_run), "Settings"),
     )

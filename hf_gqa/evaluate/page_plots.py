@@ -31,7 +31,9 @@ def retrieval_plots(report: Report) -> list[str]:
         plots += [
             drawing(f"right-{number}", f"{title}: answers right", lambda axes, rows=rows: _draw_answers(axes, rows)),
             drawing(
-                f"answer-{number}", f"{title}: loss of the answer", lambda axes, rows=rows: _draw_answer_loss(axes, rows)
+                f"answer-{number}",
+                f"{title}: loss of the answer",
+                lambda axes, rows=rows: _draw_answer_loss(axes, rows),
             ),
         ]
     return plots

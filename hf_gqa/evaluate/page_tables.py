@@ -182,8 +182,8 @@ def speed_table(report: Report) -> Rows:
 
 
 def capacity_table(report: Report) -> Rows:
-    def fits(tokens: int) -> str:
-        return f"{tokens:,}" if tokens else "none"
+    def fits(tokens: int | None) -> str:
+        return "unbounded" if tokens is None else f"{tokens:,}" if tokens else "none"
 
     rows = [
         (

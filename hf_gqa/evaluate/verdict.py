@@ -82,7 +82,11 @@ def _faster_or_slower(cells: Sequence[Speed]) -> str:
     if slower == len(cells):
         return "decoding is slower wherever it was measured"
     if not faster:
-        return f"decoding is no faster, and slower in {slower} of {len(cells)} settings" if slower else "decoding is no faster"
+        return (
+            f"decoding is no faster, and slower in {slower} of {len(cells)} settings"
+            if slower
+            else "decoding is no faster"
+        )
     return f"decoding is faster in {faster} of {len(cells)} settings" + (f" and slower in {slower}" if slower else "")
 
 
