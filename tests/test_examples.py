@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_gqa.evaluate.page import make_page
+from hf_gqa.evaluate.report import Report
+from hf_gqa.export.card_lint import lint_card
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = REPOSITORY / "examples"
@@ -81,3 +85,23 @@ def test_readme_blocks(tmp_path):
         run(shlex.split(command, comments=True), tmp_path)
     for block in blocks("python"):
         run([sys.executable, "-c", block], tmp_path)
+
+
+def test_recipe(empty_folder):
+    """With a smaller budget, for the same stations."""
+    recipe = (EXAMPLES / "recipe.yaml").read_text()
+    small = recipe.replace("163840", "4096").replace("32768", "2048").replace("[1, 16]", "[1]")
+    small = small.replace("evaluate:\n", "evaluate:\n  retrieval_samples: 2\n")
+    (empty_folder / "small.yaml").write_text(small)
+    printed = run(["hf-gqa", "run", "small.yaml"], empty_folder)
+    assert "The cache is 4x smaller" in printed
+    assert (empty_folder / "students/prose-gqa-2/student/README.md").is_file()
+
+
+def test_committed_cards_are_borne_out_by_their_reports():
+    cards = sorted((REPOSITORY / "model_cards").glob("*-gqa-*.md"))
+    assert cards
+    for card in cards:
+        report = Report.read(EXAMPLES / card.stem)
+        assert lint_card(card.read_text(encoding="utf-8"), report) == []
+        assert (EXAMPLES / card.stem / "report.html").read_text(encoding="utf-8") == make_page(report)

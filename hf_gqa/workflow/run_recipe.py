@@ -160,7 +160,7 @@ class Run:
             licence = licence_of_donor(self.recipe.donor, student)
         except Refusal:  # the donor's card is not to be had, which is no reason to lose the run
             licence = find_licence(student)
-        card = make_card(report, student, licence=licence)
+        card = make_card(report, student, name=self.folder.resolve().name, licence=licence)
         write_card(card, report, student, licence, self.folder / REPORT / PAGE_FILE)
         self.announce("card", student)
 
