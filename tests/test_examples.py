@@ -91,6 +91,7 @@ def test_recipe(empty_folder):
     """With a smaller budget, for the same stations."""
     recipe = (EXAMPLES / "recipe.yaml").read_text()
     small = recipe.replace("163840", "4096").replace("32768", "2048").replace("[1, 16]", "[1]")
+    small = small.replace("512", "64").replace("[128, 480]", "[16, 32]")
     small = small.replace("evaluate:\n", "evaluate:\n  retrieval_samples: 2\n")
     (empty_folder / "small.yaml").write_text(small)
     printed = run(["hf-gqa", "run", "small.yaml"], empty_folder)
