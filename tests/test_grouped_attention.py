@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_gqa.runtime.grouped_attention import MOST_PACKED_TOKENS, grouped_sdpa, member_by_member
 
@@ -215,7 +216,7 @@ def test_dropout_scales_what_it_keeps(groups):
 
 
 class Allocations(TorchDispatchMode):
-    """Every tensor that an operation gives back, views included: `[(operation, shape)]`."""
+    """Every tensor that an operation makes, those within its inputs' memory aside: `[(operation, shape)]`."""
 
     def __init__(self):
         super().__init__()
@@ -223,8 +224,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        outputs = output if isinstance(output, tuple | list) else [output]
-        self.seen += [(str(function), tuple(each.shape)) for each in outputs if isinstance(each, torch.Tensor)]
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        known = {each.untyped_storage().data_ptr() for each in inputs}
+        for each in tree_leaves(output):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in known:
+                self.seen.append((str(function), tuple(each.shape)))
         return output
 
 
@@ -259,9 +263,20 @@ def test_keys_and_values_are_never_expanded(path, options, training, dtype):
         if training:
             found.sum().backward()
     keys = case.key.shape[2]
-    tokens_as_keys = case.query.shape[2] == keys  # then queries and output are as large themselves
-    limit = 81 if tokens_as_keys else 80
-    assert allocations.seen and expanded(allocations.seen, 2, 8, keys, limit) == []
+    as_large_themselves = case.query.shape[2] == keys  # queries, output and their gradients
+    assert allocations.seen and expanded(allocations.seen, 2, 8, keys, 81 if as_large_themselves else 80) == []
+
+
+@pytest.mark.parametrize("path", ["prefill", "padded prefill", "prefill with a float mask"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_prefill_makes_nothing_of_full_size_but_its_output(path, softcap):
+    case = make(kv_heads=2, groups=4, head_dim=80, **PATHS[path])
+    with Allocations() as allocations:
+        grouped_sdpa(DECODER, *case.states, case.mask, softcap=softcap)
+    large = [shape for _, shape in expanded(allocations.seen, 2, 8, 48, 80)]
+    in_the_open = [(2, 2, 192, 80)] * 2 + [(4, 192, 80)]  # rows packed and scaled, their product with the values
+    assert len(large) <= (2 if softcap is None else 5), large
+    assert all(shape in [(2, 8, 48, 80), (2, 48, 8, 80), *in_the_open] for shape in large)
 
 
 def test_expansion_would_be_noticed():
