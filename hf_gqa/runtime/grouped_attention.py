@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 NAME = "grouped_sdpa"
-MOST_PACKED_TOKENS = 8  # with more tokens than this packing no longer wins, see docs/attention.md
+MOST_PACKED_TOKENS = 16  # with more tokens than this packing no longer wins, see docs/attention.md
 HALF = (torch.bfloat16, torch.float16)
 
 
