@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
@@ -184,15 +185,17 @@ def test_encoder_computes_the_same():
     assert_close_for_float32(ours[mask.bool()], stock[mask.bool()])
 
 
-def test_loads_by_name_and_is_not_saved(tmp_path):
-    student = hf_gqa.use_grouped_attention(student_of("llama", "bundle"))
+@pytest.mark.parametrize(("export", "default"), [("auto", "sdpa"), ("bundle", NAME)])
+def test_is_the_default_of_our_own_classes_and_never_saved(tmp_path, export, default):
+    student = hf_gqa.use_grouped_attention(student_of("llama", export))
     student.save_pretrained(tmp_path)
-    student.set_attn_implementation("sdpa")
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
-    by_name = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
-    assert by_name.config._attn_implementation == NAME
-    assert_close_for_float32(logits_of(by_name), logits_of(student))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == default
+    assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).config._attn_implementation == default
+    for name in (NAME, "sdpa", "eager"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        assert loaded.config._attn_implementation == loaded.model.config._attn_implementation == name
+        assert_close_for_float32(logits_of(loaded, padded=True)[0], logits_of(student, padded=True)[0])
 
 
 def test_model_without_the_interface_is_refused(monkeypatch):

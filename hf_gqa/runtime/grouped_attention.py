@@ -195,3 +195,7 @@ def register_grouped_attention() -> None:
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, grouped_sdpa)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+if NAME not in ALL_ATTENTION_FUNCTIONS:  # a bundle without hf_gqa; never over the function of the hf_gqa that is here
+    register_grouped_attention()
