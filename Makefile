@@ -43,6 +43,7 @@ test-oldest: wheel
 	mkdir -p $(OLDEST_VENV)/run && rm -rf $(OLDEST_VENV)/run/* && cp -r tests examples $(OLDEST_VENV)/run/
 	cd $(OLDEST_VENV)/run && ../bin/python -m pytest -q -n 2 -W default -p no:cacheprovider -m "not slow" \
 		tests/test_conformance*.py tests/test_bundle.py tests/test_runtime.py tests/test_verify.py \
+		tests/test_grouped_attention.py tests/test_grouped_attention_models.py \
 		tests/test_uptrain_teacher.py tests/test_uptrain_layer_matching.py tests/test_uptrain_callback.py \
 		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py \
 		tests/test_evaluate_quality.py tests/test_evaluate_evaluation.py tests/test_evaluate_recall.py \

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
@@ -36,9 +37,11 @@ class GQAGemma3TextModel(PlannedModel, Gemma3TextModel):
     config: GQAGemma3TextConfig
     config_class = GQAGemma3TextConfig
     attention_class = GQAGemma3TextAttention
+    default_attention = NAME
 
 
 class GQAGemma3TextForCausalLM(PlannedHead, Gemma3ForCausalLM, GenerationMixin):
     config: GQAGemma3TextConfig
     config_class = GQAGemma3TextConfig
     model_class = GQAGemma3TextModel
+    default_attention = NAME

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
@@ -45,9 +46,11 @@ class GQAGPT2Model(PlannedModel, GPT2Model):
     config: GQAGPT2Config
     config_class = GQAGPT2Config
     attention_class = GQAGPT2Attention
+    default_attention = NAME
 
 
 class GQAGPT2ForCausalLM(PlannedHead, GPT2LMHeadModel, GenerationMixin):
     config: GQAGPT2Config
     config_class = GQAGPT2Config
     model_class = GQAGPT2Model
+    default_attention = NAME

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
@@ -34,9 +35,11 @@ class GQALlamaModel(PlannedModel, LlamaModel):
     config: GQALlamaConfig
     config_class = GQALlamaConfig
     attention_class = GQALlamaAttention
+    default_attention = NAME
 
 
 class GQALlamaForCausalLM(PlannedHead, LlamaForCausalLM, GenerationMixin):
     config: GQALlamaConfig
     config_class = GQALlamaConfig
     model_class = GQALlamaModel
+    default_attention = NAME

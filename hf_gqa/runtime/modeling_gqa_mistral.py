@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.mistral.modeling_mistral import MistralAttention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
@@ -38,9 +39,11 @@ class GQAMistralModel(PlannedModel, MistralModel):
     config: GQAMistralConfig
     config_class = GQAMistralConfig
     attention_class = GQAMistralAttention
+    default_attention = NAME
 
 
 class GQAMistralForCausalLM(PlannedHead, MistralForCausalLM, GenerationMixin):
     config: GQAMistralConfig
     config_class = GQAMistralConfig
     model_class = GQAMistralModel
+    default_attention = NAME

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
@@ -34,9 +35,11 @@ class GQAQwen2Model(PlannedModel, Qwen2Model):
     config: GQAQwen2Config
     config_class = GQAQwen2Config
     attention_class = GQAQwen2Attention
+    default_attention = NAME
 
 
 class GQAQwen2ForCausalLM(PlannedHead, Qwen2ForCausalLM, GenerationMixin):
     config: GQAQwen2Config
     config_class = GQAQwen2Config
     model_class = GQAQwen2Model
+    default_attention = NAME

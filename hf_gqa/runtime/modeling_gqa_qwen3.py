@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
@@ -36,9 +37,11 @@ class GQAQwen3Model(PlannedModel, Qwen3Model):
     config: GQAQwen3Config
     config_class = GQAQwen3Config
     attention_class = GQAQwen3Attention
+    default_attention = NAME
 
 
 class GQAQwen3ForCausalLM(PlannedHead, Qwen3ForCausalLM, GenerationMixin):
     config: GQAQwen3Config
     config_class = GQAQwen3Config
     model_class = GQAQwen3Model
+    default_attention = NAME

@@ -37,7 +37,16 @@ class PlannedConfig:
             )
 
 
-class PlannedModel:
+class GroupedByDefault:
+    """Mixin for our own model classes: attention that keeps few KV heads few, unless another is asked for."""
+
+    default_attention: str
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or self.default_attention, is_init_check)
+
+
+class PlannedModel(GroupedByDefault):
     """Mixin before a family's native base model: keeps its blocks, replaces the attention inside each."""
 
     attention_class: type
@@ -51,7 +60,7 @@ class PlannedModel:
         self.post_init()
 
 
-class PlannedHead:
+class PlannedHead(GroupedByDefault):
     """Mixin before a family's native head class: puts the planned base model below the native head."""
 
     model_class: type
