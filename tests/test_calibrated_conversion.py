@@ -164,7 +164,7 @@ def test_refitting_brings_the_student_nearer(model_type, method):
 
 def test_refitting_what_is_exact_changes_little():
     donor = alike_donor("llama", 2)
-    fitted = convert(donor, num_key_value_heads=2, method="fold,refit", calibration=rows())
+    fitted = convert(donor, num_key_value_heads=2, method="fold,refit_queries,refit", calibration=rows())
     assert (logits_of(fitted) - logits_of(donor)).abs().max() < 1e-3 * logits_of(donor).abs().max()
 
 
@@ -176,7 +176,7 @@ def test_renormalising_restores_the_mean_norm():
 
 
 @every_family
-@pytest.mark.parametrize("method", ["group,align,mean_pool,renormalise,refit", "group,fold,refit"])
+@pytest.mark.parametrize("method", ["group,align,mean_pool,renormalise,refit", "group,fold,refit_queries,refit"])
 def test_a_plan_that_changes_nothing_changes_no_bit(model_type, method):
     donor = tiny_donor(model_type)
     student = convert(donor, num_key_value_heads=4, method=method, calibration=rows(), export="bundle")
@@ -185,7 +185,7 @@ def test_a_plan_that_changes_nothing_changes_no_bit(model_type, method):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["group,align,mean_pool", "group,fold,refit"])
+@pytest.mark.parametrize("method", ["group,align,mean_pool", "group,fold,refit_queries,refit"])
 def test_in_memory_equals_on_disk(model_type, dtype, method, tmp_path):
     tiny_donor(model_type).to(dtype).save_pretrained(tmp_path / "donor", max_shard_size="10KB")
     donor = AutoModelForCausalLM.from_pretrained(tmp_path / "donor")
@@ -241,13 +241,39 @@ def test_fold_refuses_normed_heads(model_type):
     )
 
 
-def test_refit_refuses_to_work_without_text():
+@pytest.mark.parametrize("name", ["refit", "refit_queries"])
+def test_refitting_refuses_to_work_without_text(name):
     with pytest.raises(Refusal) as refused:
-        convert(tiny_donor("llama"), num_key_value_heads=2, method="fold,refit")
+        convert(tiny_donor("llama"), num_key_value_heads=2, method=f"fold,{name}")
     assert str(refused.value) == (
-        "method = refit: fits the output projections to what the student computes on text, and there is none. Give "
-        "--calibration or --calibration-tokens (calibration= in Python)."
+        f"method = {name}: fits the student to what it computes on text, and there is none. Give --calibration or "
+        f"--calibration-tokens (calibration= in Python)."
     )
+
+
+@pytest.mark.parametrize("model_type", NORMED)
+def test_refit_queries_refuses_normed_heads(model_type):
+    with pytest.raises(Refusal, match=r"^method = refit_queries: queries and keys of layer 0 are normed .* Leave it out\.$"):
+        convert(tiny_donor(model_type), num_key_value_heads=2, method="mean_pool,refit_queries", calibration=rows())
+
+
+@plain_family
+def test_refitted_queries_attend_where_the_donors_did(model_type):
+    """In the first layer, whose inputs are the donor's: attention probabilities come nearer, and so does the output."""
+    donor = tiny_donor(model_type)
+    plan = {"num_key_value_heads": 1, "calibration": rows()}
+    plain, fitted = (convert(donor, method=m, **plan) for m in ("fold", "fold,refit_queries"))
+    errors = []
+    for model in (donor, plain, fitted):
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            errors.append(model(rows(), output_attentions=True, use_cache=False).attentions[0])
+    wanted, before, after = errors
+
+    def divergence(found):
+        return (wanted * (wanted.clamp_min(1e-12).log() - found.clamp_min(1e-12).log())).sum(-1).mean()
+
+    assert divergence(after) < divergence(before)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hf_gqa import ConversionPlan, Refusal, methods
 from hf_gqa.methods import KINDS, METHODS, MethodContext, method_kind
 from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.output_moments import OutputMoments
+from hf_gqa.weights.query_fit import AttentionRows
 
 
 # The baseline that forgets the donor: no promise about what the heads said.
@@ -40,19 +41,27 @@ def random_heads(H=4, K=4, D=6, E=10, bias=True, dtype=torch.float32, seed=0) ->
 
 
 def context(num_key_value_heads: int, layer_idx: int = 0, seed: int = 0, **known) -> MethodContext:
-    """With four KV heads before, and a text on which the heads already put out what they should."""
+    """With four KV heads before."""
     return MethodContext(
         **{"layer_idx": layer_idx, "num_key_value_heads": num_key_value_heads, "seed": seed, "initializer_range": 0.02},
-        **{"before": random_heads(seed=7), "observe": content} | known,
+        **{"before": random_heads(seed=7), "text": Content()} | known,
     )
 
 
-def content(heads: AttentionWeights) -> OutputMoments:
-    """Uncorrelated heads, and targets that their own output projection reaches."""
-    output_EM = heads.output_EHD.flatten(1).double()
-    bias_E = output_EM.new_zeros(len(output_EM)) if heads.output_bias_E is None else heads.output_bias_E.double()
-    target_EM = torch.cat([output_EM, bias_E[:, None]], dim=1)
-    return OutputMoments(mixed_MM=torch.eye(target_EM.shape[1]).double(), target_EM=target_EM, tokens=9)
+class Content:
+    """A text on which heads that do not depend on each other already do what they should."""
+
+    def output_moments(self, heads: AttentionWeights) -> OutputMoments:
+        output_EM = heads.output_EHD.flatten(1).double()
+        bias_E = output_EM.new_zeros(len(output_EM)) if heads.output_bias_E is None else heads.output_bias_E.double()
+        target_EM = torch.cat([output_EM, bias_E[:, None]], dim=1)
+        return OutputMoments(mixed_MM=torch.eye(target_EM.shape[1]).double(), target_EM=target_EM, tokens=9)
+
+    def attention_rows(self) -> list[AttentionRows]:
+        inputs_BLE = torch.randn(2, 9, 10, generator=torch.Generator().manual_seed(3))
+        allowed = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+        both = {"donor_BLE": inputs_BLE, "student_BLE": inputs_BLE}
+        return [AttentionRows(**both, allowed_BHLS=allowed, rotation=None, scaling=0.4)]
 
 
 def tensors_of(heads: AttentionWeights) -> dict[str, torch.Tensor | None]:

@@ -3,18 +3,20 @@
 Shapes: N rows, L tokens of a row, B rows of a batch, E hidden.
 """
 
-from collections.abc import Callable
-
 import torch
 from transformers import PreTrainedModel
 
-from ..methods import METHODS, MethodContext, method_kind
+from ..methods import METHODS, MethodContext, StudentOnText, method_kind
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics
 from ..weights.output_moments import OutputMoments, OutputMomentSum
+from ..weights.query_fit import AttentionRows
 from .donor import Donor
 from .layer_run import Batches, LayerRun
 from .plan import ConversionPlan
+
+
+SCORED_TOKENS = 16_384
 
 
 def converted_layer(
@@ -24,7 +26,7 @@ def converted_layer(
     layer_idx: int,
     num_key_value_heads: int,
     statistics: HeadStatistics | None = None,
-    observe: Callable[[AttentionWeights], OutputMoments] | None = None,
+    text: StudentOnText | None = None,
 ) -> AttentionWeights:
     """The layer's heads as the plan wants them; untouched where their number is already right."""
     if heads.num_key_value_heads == num_key_value_heads:
@@ -40,7 +42,7 @@ def converted_layer(
             head_norms=donor.layout.query_norm is not None,
             statistics=statistics,
             before=before,
-            observe=observe,
+            text=text,
         )
         changed = METHODS.get(name)(heads, layer)
         if method_kind(name) == "rearrange":
@@ -67,25 +69,56 @@ class SequentialConversion:
         statistics: HeadStatistics,
     ) -> AttentionWeights:
         """Convert the next layer and go past it."""
-        targets: Batches = []
+        text = _LayerOnText(self.donor, self.run, layer_idx, self.donor_hidden, self.student_hidden)
+        converted = converted_layer(self.donor, plan, heads, layer_idx, num_key_value_heads, statistics, text)
+        self.donor_hidden = text.donor_outputs
+        self.student_hidden = self.run.outputs(layer_idx, self.run.layer(layer_idx, converted), self.student_hidden)
+        return converted
+
+
+class _LayerOnText:
+    """`StudentOnText` for one layer; the donor's side of it is computed at once."""
+
+    def __init__(self, donor: Donor, run: LayerRun, layer_idx: int, donor_hidden: Batches, student_hidden: Batches):
+        self.run, self.layer_idx, self.student_hidden = run, layer_idx, student_hidden
+        self.own_layer = run.layer(layer_idx)
+        self.donor_inputs: Batches = []
+        self.targets: Batches = []
 
         def keep(number: int, seen: dict) -> None:
-            drift = 0 if self.donor.layout.output_normed else self.donor_hidden[number] - self.student_hidden[number]
-            targets.append(seen["output"] + drift)
+            drift = 0 if donor.layout.output_normed else donor_hidden[number] - student_hidden[number]
+            self.donor_inputs.append(seen["inputs"])
+            self.targets.append(seen["output"] + drift)
 
-        donor_hidden = self.run.outputs(layer_idx, self.run.layer(layer_idx), self.donor_hidden, keep)
+        self.donor_outputs = run.outputs(layer_idx, self.own_layer, donor_hidden, keep)
 
-        def observe(changed: AttentionWeights) -> OutputMoments:
-            total = OutputMomentSum(changed.output_EHD[0].numel(), changed.output_EHD.shape[0])
+    def output_moments(self, heads: AttentionWeights) -> OutputMoments:
+        total = OutputMomentSum(heads.output_EHD[0].numel(), heads.output_EHD.shape[0])
 
-            def add(number: int, seen: dict) -> None:
-                total.add(seen["mixed"].flatten(0, 1), targets[number].flatten(0, 1))
+        def add(number: int, seen: dict) -> None:
+            total.add(seen["mixed"].flatten(0, 1), self.targets[number].flatten(0, 1))
 
-            self.run.outputs(layer_idx, self.run.layer(layer_idx, changed), self.student_hidden, add)
-            return total.moments()
+        self.run.outputs(self.layer_idx, self.run.layer(self.layer_idx, heads), self.student_hidden, add)
+        return total.moments()
 
-        converted = converted_layer(self.donor, plan, heads, layer_idx, num_key_value_heads, statistics, observe)
-        student_layer = self.run.layer(layer_idx, converted)
-        self.student_hidden = self.run.outputs(layer_idx, student_layer, self.student_hidden)
-        self.donor_hidden = donor_hidden
-        return converted
+    def attention_rows(self) -> list[AttentionRows]:
+        """Of `SCORED_TOKENS` at most, from all over the text: scores take the square of a row's length."""
+        batches = len(self.student_hidden)
+        every = max(1, -(-batches * self.student_hidden[0][..., 0].numel() // SCORED_TOKENS))
+        picked = range(0, batches, every)
+        inputs: Batches = []
+        self.run.outputs(
+            self.layer_idx,
+            self.own_layer,
+            self.student_hidden,
+            lambda _, seen: inputs.append(seen["inputs"]),
+            picked,
+        )
+        return [
+            AttentionRows(
+                donor_BLE=self.donor_inputs[number],
+                student_BLE=student_BLE,
+                **self.run.attention_arguments(self.layer_idx, number),
+            )
+            for number, student_BLE in zip(picked, inputs, strict=True)
+        ]

@@ -5,7 +5,7 @@ Shapes: N rows, L tokens of a row, B rows of a batch, E hidden.
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -63,13 +63,19 @@ class LayerRun:
 
     @torch.no_grad()
     def outputs(
-        self, layer_idx: int, layer: nn.Module, inputs: Batches, tap: Callable[[int, dict], object] | None = None
+        self,
+        layer_idx: int,
+        layer: nn.Module,
+        inputs: Batches,
+        tap: Callable[[int, dict], object] | None = None,
+        picked: Iterable[int] | None = None,
     ) -> Batches:
         """What the layer makes of each batch.
 
         Args:
             tap: told of each batch's number and `inputs` (of the attention), `mixed` (what its output projection
                 reads) and `output` (of the attention), each `[B, L, ...]`.
+            picked: numbers of the batches to run; by default all.
         """
         seen = {}
         attention = self._attention(layer, layer_idx)
@@ -90,14 +96,26 @@ class LayerRun:
             output.register_forward_hook(after),
         ]
         found = []
-        for number, hidden_BLE in enumerate(inputs):
+        for number in range(len(inputs)) if picked is None else picked:
             args, kwargs = self.arguments[number][layer_idx]
-            found.append(layer(hidden_BLE, *args, **kwargs))
+            found.append(layer(inputs[number], *args, **kwargs))
             if tap is not None:
                 tap(number, seen)
         for hook in hooks:
             hook.remove()
         return found
+
+    def attention_arguments(self, layer_idx: int, number: int) -> dict:
+        """`allowed_BHLS`, `rotation` and `scaling` of a layer's attention in one batch."""
+        args, kwargs = self.arguments[number][layer_idx]
+        length = self.embedded[number].shape[1]
+        allowed = torch.ones(length, length, dtype=torch.bool, device=self.embedded[number].device).tril()[None, None]
+        for mask in [*args, kwargs.get("attention_mask")]:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 4:  # additive where it is not boolean
+                allowed = allowed & (mask if mask.dtype == torch.bool else mask == 0)
+        attention = self._attention(self.base.get_submodule(f"{self.layers_path}.{layer_idx}"), layer_idx)
+        rotation = kwargs["position_embeddings"] if self.layout.rotary is not None else None
+        return {"allowed_BHLS": allowed, "rotation": rotation, "scaling": attention.scaling}
 
 
 class _Recorder(nn.Module):

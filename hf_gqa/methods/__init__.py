@@ -8,21 +8,35 @@ A method file defines `METHOD`, an instance of a frozen dataclass with a `kind` 
 - `expand` raises it, and keeps what the layer computes;
 - `repair` comes after a `reduce`, keeps the number of KV heads and makes up for some of what was lost.
 
-Where a method can use statistics of a text, it does without them what it can from the weights alone.
+Where a method can use statistics of a text, it does without them what it can from the weights alone; one with
+`observes = True` must see the student compute.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from ..refusal import Refusal
 from ..registry import Registry
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics
 from ..weights.output_moments import OutputMoments
+from ..weights.query_fit import AttentionRows
 
 
 METHODS = Registry(__name__, "conversion method", "METHOD")
 KINDS = ("rearrange", "reduce", "expand", "repair")
 HEAD_COUNT_KINDS = ("reduce", "expand")
+
+
+class StudentOnText(Protocol):
+    """The student reading the calibration text: below the layer in question it is converted."""
+
+    def output_moments(self, heads: AttentionWeights) -> OutputMoments:
+        """What the layer with these heads would put out, and what it should."""
+
+    def attention_rows(self) -> Sequence[AttentionRows]:
+        """What the attention of donor and student read, of some of the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +52,7 @@ class MethodContext:
         head_norms: whether queries and keys are normed, which stands between them and any map.
         statistics: of what the donor's attention reads over the calibration text; None where there is no text.
         before: the heads as they were before their number changed; for a `repair`.
-        observe: runs the student's layer with the heads given on the calibration text, below it the layers as they were
-            converted, and says what its heads put out and what they should; None where there is no text.
+        text: the student on the calibration text, as far as it is converted; None where there is no text.
     """
 
     layer_idx: int
@@ -50,11 +63,20 @@ class MethodContext:
     head_norms: bool = False
     statistics: HeadStatistics | None = None
     before: AttentionWeights | None = None
-    observe: Callable[[AttentionWeights], OutputMoments] | None = None
+    text: StudentOnText | None = None
 
     def statistics_for(self, heads: AttentionWeights) -> HeadStatistics:
         """What is known of the inputs; without text, that nothing is."""
         return self.statistics or HeadStatistics.unseen(heads.key_KDE.shape[2])
+
+    def known_text(self, method: str) -> StudentOnText:
+        """Raises Refusal where there is none."""
+        if self.text is None:
+            raise Refusal(
+                f"method = {method}: fits the student to what it computes on text, and there is none. Give --calibration "
+                f"or --calibration-tokens (calibration= in Python)."
+            )
+        return self.text
 
     def groups(self, heads: AttentionWeights) -> list[slice]:
         """The KV heads that become one, for each of those that the layer shall have."""

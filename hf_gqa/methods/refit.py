@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..refusal import Refusal
 from ..weights.attention_weights import AttentionWeights
 from . import MethodContext
 
@@ -28,12 +27,7 @@ class Refit:
     ridge: float = 1e-3
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
-        if layer.observe is None:
-            raise Refusal(
-                "method = refit: fits the output projections to what the student computes on text, and there is none. "
-                "Give --calibration or --calibration-tokens (calibration= in Python)."
-            )
-        moments = layer.observe(heads)
+        moments = layer.known_text("refit").output_moments(heads)
         size = heads.output_EHD[0].numel()
         known_EM = heads.output_EHD.flatten(1).double()
         if heads.output_bias_E is not None:
