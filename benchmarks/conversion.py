@@ -25,38 +25,36 @@ from hf_gqa.evaluate.windows import prefix_token, token_ids, windows_of
 
 
 ROW_TOKENS = 256
-CALIBRATION_TOKENS = 40_960
-HELD_OUT_TOKENS = 65_536
-METHODS = (
+METHODS = (  # what takes long last
     "mean_pool",
     "first",
     "mean_pool,renormalise",
     "align,mean_pool",
     "group,align,mean_pool",
     "group,align,mean_pool,renormalise",
-    "mean_pool,refit",
     "fold (weights alone)",
     "fold",
     "group,fold",
-    "group,fold,refit",
-    "group,fold,refit_queries",
     "group,fold,refit_queries,refit",
+    "group,fold,refit",
+    "mean_pool,refit",
     "group,align,mean_pool,refit_queries,refit",
+    "group,fold,refit_queries",
 )
 
 
 class Bench:
-    def __init__(self, name: str, data: Path):
+    def __init__(self, name: str, data: Path, calibration_tokens: int, held_out_tokens: int):
         donor = DONORS[name]
         folder = data / "donors" / donor.folder
         tokenizer = AutoTokenizer.from_pretrained(folder)
         documents, held_out = donor.text(data)
         rows = rows_of(documents, tokenizer, ROW_TOKENS).with_format("torch")
-        picked = torch.linspace(0, len(rows) - 1, CALIBRATION_TOKENS // ROW_TOKENS).long().tolist()
+        picked = torch.linspace(0, len(rows) - 1, calibration_tokens // ROW_TOKENS).long().tolist()
         self.rows = torch.stack([rows[number]["input_ids"] for number in picked])
         tokens = [token for text in held_out for token in token_ids(tokenizer, text)]
         windows = list(windows_of(tokens, prefix_token(tokenizer), ROW_TOKENS, ROW_TOKENS))
-        self.windows = windows[:: max(1, len(windows) * ROW_TOKENS // HELD_OUT_TOKENS)]
+        self.windows = windows[:: max(1, len(windows) * ROW_TOKENS // held_out_tokens)]
         self.model = open_donor(folder).model_class.from_pretrained(folder, dtype=torch.float32).eval()
         self.calibration: Calibration = calibrate(donor_from_model(self.model), self.model, self.rows)
 
@@ -115,6 +113,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--heads", default="4,2,1")
     parser.add_argument("--only", default="", help="run only methods whose names hold this")
+    parser.add_argument("--calibration-tokens", type=int, default=16_384)
+    parser.add_argument("--held-out-tokens", type=int, default=16_384)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing")
     asked = parser.parse_args()
@@ -123,7 +123,7 @@ def main() -> None:
         torch.set_num_threads(asked.threads)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        bench = Bench(asked.donor, asked.data)
+        bench = Bench(asked.donor, asked.data, asked.calibration_tokens, asked.held_out_tokens)
         done = {(found["method"], found["num_key_value_heads"]) for found in read(output)}
         for method in (method for method in METHODS if asked.only in method):
             for heads in map(int, asked.heads.split(",")):

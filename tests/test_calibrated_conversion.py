@@ -13,6 +13,7 @@ from hf_gqa import ConversionPlan, Refusal, convert, convert_checkpoint
 from hf_gqa.convert.calibration import Calibration, calibrate
 from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.families import load_family
+from hf_gqa.convert.manifest import Manifest
 from hf_gqa.convert.surgery import layer_heads
 from hf_gqa.methods import METHODS, MethodContext
 from hf_gqa.weights.attention_weights import AttentionWeights
@@ -20,7 +21,7 @@ from hf_gqa.weights.head_statistics import HeadStatistics
 from hf_gqa.weights.head_tensors import write_heads
 from hf_gqa.weights.mixable_blocks import from_blocks, to_blocks
 
-from .test_bad_input import run_cli
+from .test_bad_input import assert_one_message, run_cli
 from .test_conformance import assert_close_for_float32, every_family, grouped_donor, logits_of
 from .tiny_donors import MODEL_TYPES, VOCAB_SIZE, tiny_donor
 
@@ -232,13 +233,49 @@ def test_too_little_text_is_warned_of():
 
 
 @pytest.mark.parametrize("model_type", NORMED)
-def test_fold_refuses_normed_heads(model_type):
+@pytest.mark.parametrize(("method", "name"), [("group,fold", "fold"), ("mean_pool,refit_queries", "refit_queries")])
+def test_methods_that_need_linear_scores_refuse_normed_heads(model_type, method, name):
     with pytest.raises(Refusal) as refused:
-        convert(tiny_donor(model_type), num_key_value_heads=2, method="fold")
+        convert(tiny_donor(model_type), num_key_value_heads=2, method=method, calibration=rows())
     assert str(refused.value) == (
-        "method = fold: queries and keys of layer 0 are normed after their projections, so no query can absorb a map of "
-        "its key. Use mean_pool or first, perhaps after group and align."
+        f"method = {method}: '{name}' passes maps through queries and keys, which a {model_type} norms after their "
+        f"projections. Use others: align, expand, first, group, mean_pool, random_init, refit, renormalise."
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.ones(4), "calibration: got torch.float32 of shape [4]. Give rows of token ids, [rows, tokens]."),
+        (
+            torch.ones(1, 65, dtype=torch.long),
+            "calibration: rows of 65 tokens are longer than max_position_embeddings = 64 of 'LlamaForCausalLM'. Give "
+            "shorter rows.",
+        ),
+        (
+            torch.tensor([[3, 99]]),
+            "calibration: its token ids go from 3 to 99, those of 'LlamaForCausalLM' from 0 to 98. Use the donor's own "
+            "tokenizer.",
+        ),
+    ],
+)
+def test_rows_that_are_none_of_the_donors_are_refused(tokens, message):
+    with pytest.raises(Refusal) as refused:
+        convert(tiny_donor("llama"), num_key_value_heads=2, method="fold", calibration=tokens)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kept.safetensors"], "--save-calibration: there is none. Give --calibration or --calibration-tokens."),
+        (["kept.txt"], "--save-calibration kept.txt: a calibration is a .safetensors file. Give it such a name."),
+    ],
+)
+def test_command_line_refuses_to_keep_what_is_none(arguments, message, tmp_path):
+    result = run_cli("convert", DONOR, tmp_path / "out", "--num-key-value-heads", 2, "--save-calibration", *arguments)
+    assert_one_message(result, 2, *message.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["refit", "refit_queries"])
@@ -249,12 +286,6 @@ def test_refitting_refuses_to_work_without_text(name):
         f"method = {name}: fits the student to what it computes on text, and there is none. Give --calibration or "
         f"--calibration-tokens (calibration= in Python)."
     )
-
-
-@pytest.mark.parametrize("model_type", NORMED)
-def test_refit_queries_refuses_normed_heads(model_type):
-    with pytest.raises(Refusal, match=r"^method = refit_queries: queries and keys of layer 0 are normed .* Leave it out\.$"):
-        convert(tiny_donor(model_type), num_key_value_heads=2, method="mean_pool,refit_queries", calibration=rows())
 
 
 @plain_family
@@ -313,3 +344,5 @@ def test_command_line_calibrates(given, tmp_path):
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert Calibration.read(kept).tokens_NL.numel() == 1024
+    recorded = [Manifest.read(tmp_path / name).calibration for name in ("one", "other")]
+    assert recorded[0] == recorded[1] and recorded[0]["tokens"] == 1024

@@ -8,11 +8,12 @@ from rich.table import Table
 from ..convert.donor import Donor, open_donor
 from ..convert.plan import EXPORTS, ConversionPlan
 from ..convert.target import choose_target
-from ..export.calibration_text import DEFAULT_TOKENS, make_calibration
+from ..export.calibration_text import DEFAULT_TOKENS, SAVED, make_calibration
 from ..export.explanation import Explanation, explain
 from ..export.write_student import convert_checkpoint
 from ..human_units import human_bytes, human_count
 from ..methods import METHODS
+from ..refusal import Refusal
 from ..staging import check_output
 from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
@@ -59,7 +60,11 @@ def convert(
 
 
 def _calibration(donor: Donor, files: list[str], tokens: int | None, seed: int, save: Path | None):
+    if save is not None and save.suffix != SAVED:
+        raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
     if not files and tokens is None:
+        if save is not None:
+            raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
         return None
     made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed)
     if save is not None:

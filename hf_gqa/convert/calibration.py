@@ -74,9 +74,13 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
         model: the donor loaded.
         tokens_NL: rows of tokens; each token attends to all before it in its row.
 
+    Raises:
+        Refusal: no rows of the donor's tokens.
+
     Warns:
         UserWarning: too few tokens for the donor's width.
     """
+    _check_rows(tokens_NL, donor)
     tokens_NL, needed = tokens_NL.to(torch.int32), TOKENS_PER_DIMENSION * donor.config.hidden_size
     if tokens_NL.numel() < needed:
         warnings.warn(
@@ -100,6 +104,24 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
     return Calibration(donor=fingerprint(donor), tokens_NL=tokens_NL, statistics=tuple(statistics))
 
 
+def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
+    if tokens_NL.dim() != 2 or tokens_NL.is_floating_point() or not tokens_NL.numel():
+        raise Refusal(
+            f"calibration: got {tokens_NL.dtype} of shape {list(tokens_NL.shape)}. Give rows of token ids, [rows, tokens]."
+        )
+    longest, vocabulary = donor.config.max_position_embeddings, donor.config.vocab_size
+    if tokens_NL.shape[1] > longest:
+        raise Refusal(
+            f"calibration: rows of {tokens_NL.shape[1]:,} tokens are longer than max_position_embeddings = {longest:,} of "
+            f"'{donor.name}'. Give shorter rows."
+        )
+    if tokens_NL.min() < 0 or tokens_NL.max() >= vocabulary:
+        raise Refusal(
+            f"calibration: its token ids go from {int(tokens_NL.min())} to {int(tokens_NL.max())}, those of "
+            f"'{donor.name}' from 0 to {vocabulary - 1}. Use the donor's own tokenizer."
+        )
+
+
 def fingerprint(donor: Donor) -> str:
     """Of the values of the attention weights, some of each; the same in memory and on disk, whatever the file names."""
     digest = hashlib.sha256()
@@ -110,6 +132,15 @@ def fingerprint(donor: Donor) -> str:
             digest.update(json.dumps([layer_idx, name, list(tensor.shape)]).encode())
             digest.update(some.to(torch.float64).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def text_record(calibration: Calibration | torch.Tensor | None) -> dict | None:
+    """What a manifest says of the text."""
+    if calibration is None:
+        return None
+    tokens_NL = calibration.tokens_NL if isinstance(calibration, Calibration) else calibration
+    rows = tokens_NL.to("cpu", torch.int32).contiguous().numpy().tobytes()
+    return {"tokens": tokens_NL.numel(), "sha256": hashlib.sha256(rows).hexdigest()}
 
 
 def calibrated(
@@ -126,7 +157,7 @@ def calibrated(
         model: the donor loaded; by default it is, where that is needed.
 
     Raises:
-        Refusal: the calibration of another donor, or too little text for anything.
+        Refusal: the calibration of another donor.
     """
     if calibration is None:
         return {}

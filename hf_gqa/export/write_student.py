@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..convert.calibration import Calibration, calibrated
+from ..convert.calibration import Calibration, calibrated, text_record
 from ..convert.donor import Donor, carry_files, open_donor
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
@@ -78,7 +78,7 @@ def convert_checkpoint(
         _write_config(donor, target, staging)
         carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}
-        manifest = make_manifest(donor, plan, target, found)
+        manifest = make_manifest(donor, plan, target, found, text_record(calibration))
         manifest.write(staging)
     return manifest
 

@@ -9,7 +9,8 @@ A method file defines `METHOD`, an instance of a frozen dataclass with a `kind` 
 - `repair` comes after a `reduce`, keeps the number of KV heads and makes up for some of what was lost.
 
 Where a method can use statistics of a text, it does without them what it can from the weights alone; one with
-`observes = True` must see the student compute.
+`observes = True` must see the student compute. `needs_linear_scores = True` refuses families that norm queries and keys
+after their projections.
 """
 
 from collections.abc import Sequence

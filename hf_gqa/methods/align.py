@@ -26,12 +26,12 @@ class Align:
             return heads
         statistics = layer.statistics_for(heads)
         values = value_space(heads, statistics)
-        turn = torch.cat([aligning_maps(values, members) for members in groups])
+        turn = torch.cat([aligning_maps(values.of(members)) for members in groups])
         aligned = with_shared_values(heads, turn, turn.mH, count, statistics.moment_FF[:, -1])
         if layer.head_norms:
             return aligned
         keys = key_space(heads, statistics, layer.rotary)
-        turn = torch.cat([aligning_maps(keys, members) for members in groups])
+        turn = torch.cat([aligning_maps(keys.of(members)) for members in groups])
         return with_shared_keys(aligned, turn, turn.mH, count, layer.rotary)
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..refusal import Refusal
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_spaces import key_space, principal_maps, value_space, with_shared_keys, with_shared_values
 from . import MethodContext
@@ -16,24 +15,17 @@ class Fold:
 
     Source: ours; nearest are TransMLA (Meng et al. 2025, arXiv 2502.07864) and Yu et al. 2024 (arXiv 2406.07056).
     Under a rotary embedding, keys are mixed by one complex number per rotary pair, which commutes with it.
-
-    Raises:
-        Refusal: norms between projection and rotation, through which no query absorbs a map of its key.
     """
 
     kind: str = "reduce"
+    needs_linear_scores: bool = True
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
-        if layer.head_norms:
-            raise Refusal(
-                f"method = fold: queries and keys of layer {layer.layer_idx} are normed after their projections, so no "
-                f"query can absorb a map of its key. Use mean_pool or first, perhaps after group and align."
-            )
         statistics = layer.statistics_for(heads)
         groups = layer.groups(heads)
         maps = []
         for space in (key_space(heads, statistics, layer.rotary), value_space(heads, statistics)):
-            read, write = zip(*(principal_maps(space, members) for members in groups), strict=True)
+            read, write = zip(*(principal_maps(space.of(members)) for members in groups), strict=True)
             maps.append((torch.cat(read), torch.cat(write)))
         (key_read, key_write), (value_read, value_write) = maps
         folded = with_shared_values(heads, value_read, value_write, len(groups), statistics.moment_FF[:, -1])

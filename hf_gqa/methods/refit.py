@@ -29,9 +29,9 @@ class Refit:
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
         moments = layer.known_text("refit").output_moments(heads)
         size = heads.output_EHD[0].numel()
-        known_EM = heads.output_EHD.flatten(1).double()
+        known_EM = heads.output_EHD.flatten(1).to(moments.mixed_MM)
         if heads.output_bias_E is not None:
-            known_EM = torch.cat([known_EM, heads.output_bias_E.double().unsqueeze(1)], dim=1)
+            known_EM = torch.cat([known_EM, heads.output_bias_E.to(known_EM).unsqueeze(1)], dim=1)
             size += 1
         mixed_MM, target_EM = moments.mixed_MM[:size, :size], moments.target_EM[:, :size]
         pull = self.ridge * mixed_MM.diagonal().mean() + torch.finfo(torch.float64).tiny

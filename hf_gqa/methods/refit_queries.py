@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from ..refusal import Refusal
 from ..weights.attention_weights import AttentionWeights
 from ..weights.query_fit import fitted_queries
 from . import MethodContext
@@ -20,20 +19,16 @@ class RefitQueries:
         ridge: pull towards the queries as they were.
 
     Raises:
-        Refusal: no calibration text, or norms after the projections, through which a score is not linear in them.
+        Refusal: no calibration text.
     """
 
     kind: str = "repair"
     observes: bool = True
+    needs_linear_scores: bool = True
     iterations: int = 8
     ridge: float = 1e-4
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
-        if layer.head_norms:
-            raise Refusal(
-                f"method = refit_queries: queries and keys of layer {layer.layer_idx} are normed after their projections, "
-                f"so scores are not linear in them. Leave it out."
-            )
         rows = layer.known_text("refit_queries").attention_rows()
         query_HDE, query_bias_HD = fitted_queries(heads, layer.before, rows, self.iterations, self.ridge)
         return replace(heads, query_HDE=query_HDE, query_bias_HD=query_bias_HD)

@@ -12,8 +12,8 @@ from . import MethodContext
 class Renormalise:
     """A mean of heads that disagree is shorter than they are, which flattens attention.
 
-    Source: the recipe of an audit of conversions under rotary embeddings: mean Frobenius norm of the members, of keys
-    and of values, after a mean. Biases scale along.
+    Source: the GQA conversion audit of github.com/rje/microlab: the members' mean Frobenius norm, for keys and for
+    values. Biases scale along.
     """
 
     kind: str = "repair"

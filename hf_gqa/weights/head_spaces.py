@@ -30,6 +30,14 @@ class HeadSpace:
     moment_BKdKd: torch.Tensor
     root_KBdd: torch.Tensor
 
+    def of(self, members: slice) -> "HeadSpace":
+        """Of some of the heads."""
+        return HeadSpace(
+            heads_KBdF=self.heads_KBdF[members],
+            moment_BKdKd=self.moment_BKdKd[:, members, :, members],
+            root_KBdd=self.root_KBdd[members],
+        )
+
     @property
     def weighted_BKdKd(self) -> torch.Tensor:
         """Second moment of `root @ head`: its trace is all there is to keep."""
@@ -59,44 +67,43 @@ def value_space(heads: AttentionWeights, statistics: HeadStatistics) -> HeadSpac
     )
 
 
-def principal_maps(space: HeadSpace, members: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one group: `read` and `write`, each `[g, B, d, d]`.
+def principal_maps(group: HeadSpace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one group: `read` and `write`, each `[K, B, d, d]`.
 
     `sum_h read_h @ head_h` is the shared head, `write_h @ shared` the least-squares stand-in for `head_h`. The shared
     head is as large as its members are on average, block by block, so that it trains as they did. Members that are
     the same to the bit are left as they are.
     """
-    heads_gBdF, root_gBdd = space.heads_KBdF[members], space.root_KBdd[members]
-    size, blocks, width = root_gBdd.shape[:3]
-    if (heads_gBdF == heads_gBdF[:1]).all():
-        write_gBdd = torch.eye(width, dtype=root_gBdd.dtype).expand_as(root_gBdd)
-        return torch.cat([write_gBdd[:1], torch.zeros_like(write_gBdd[1:])]), write_gBdd
-    weighted = space.weighted_BKdKd[:, members, :, members].reshape(blocks, size * width, size * width)
-    top_Bgdd = torch.linalg.eigh(weighted).eigenvectors[:, :, -width:].unflatten(1, (size, width))
-    top_gBdd = top_Bgdd.transpose(0, 1)
-    read_gBdd = top_gBdd.mH @ root_gBdd
-    write_gBdd = _hermitian_power(root_gBdd, -1.0) @ top_gBdd
-    shared = torch.einsum("hbij,bhjgk,gbik->b", read_gBdd, space.moment_BKdKd[:, members, :, members], read_gBdd.conj())
-    average = torch.einsum("bhihi->b", space.moment_BKdKd[:, members, :, members]) / size
-    scale_B11 = torch.where(shared.real > 0, (average.real / shared.real).sqrt(), 1.0)[:, None, None]
-    return read_gBdd * scale_B11, write_gBdd / scale_B11
+    heads_KBdF, root_KBdd = group.heads_KBdF, group.root_KBdd
+    size, blocks, width = root_KBdd.shape[:3]
+    if (heads_KBdF == heads_KBdF[:1]).all():
+        write_KBdd = torch.eye(width).to(root_KBdd).expand_as(root_KBdd)
+        return torch.cat([write_KBdd[:1], torch.zeros_like(write_KBdd[1:])]), write_KBdd
+    weighted = group.weighted_BKdKd.reshape(blocks, size * width, size * width)
+    top_BKdd = torch.linalg.eigh(weighted).eigenvectors[:, :, -width:].unflatten(1, (size, width))
+    top_KBdd = top_BKdd.transpose(0, 1)
+    read_KBdd = top_KBdd.mH @ root_KBdd
+    write_KBdd = _hermitian_power(root_KBdd, -1.0) @ top_KBdd
+    shared_B = torch.einsum("hbij,bhjgk,gbik->b", read_KBdd, group.moment_BKdKd, read_KBdd.conj()).real
+    average_B = torch.einsum("bhihi->b", group.moment_BKdKd).real / size
+    scale_B11 = torch.where(shared_B > 0, (average_B / shared_B).sqrt(), 1.0)[:, None, None]
+    return read_KBdd * scale_B11, write_KBdd / scale_B11
 
 
-def aligning_maps(space: HeadSpace, members: slice, sweeps: int = 30) -> torch.Tensor:
-    """Of one group: unitary `[g, B, d, d]` after which the members agree best in the mean square.
+def aligning_maps(group: HeadSpace, sweeps: int = 30) -> torch.Tensor:
+    """Of one group: unitary `[K, B, d, d]` after which the members agree best in the mean square.
 
     Source: generalised Procrustes analysis (Gower 1975); of one member against the mean of the others, in turn.
     """
-    moment_BgdGd = space.moment_BKdKd[:, members, :, members]
-    size, width = moment_BgdGd.shape[1:3]
-    read_gBdd = torch.eye(width, dtype=moment_BgdGd.dtype).repeat(size, moment_BgdGd.shape[0], 1, 1)
+    size, blocks, width = group.root_KBdd.shape[:3]
+    read_KBdd = torch.eye(width).to(group.root_KBdd).repeat(size, blocks, 1, 1)
     for sweep in range(sweeps):
         for member in range(1, size):
             others = [other for other in range(size if sweep else member) if other != member]
-            agreement_Bdd = torch.einsum("gbij,bgjk->bik", read_gBdd[others], moment_BgdGd[:, others, :, member])
+            agreement_Bdd = torch.einsum("kbij,bkjl->bil", read_KBdd[others], group.moment_BKdKd[:, others, :, member])
             left, _, right = torch.linalg.svd(agreement_Bdd)
-            read_gBdd[member] = left @ right
-    return read_gBdd
+            read_KBdd[member] = left @ right
+    return read_KBdd
 
 
 def with_shared_keys(
@@ -122,6 +129,7 @@ def with_shared_values(
         mean_F: of the inputs; what the shared values get wrong there goes to the output's bias, where there is one.
     """
     value_KDF = with_bias(heads.value_KDE, heads.value_bias_KD)
+    mean_F = mean_F.to(value_KDF)
     shared_NDF = (read_KBdd.squeeze(1) @ value_KDF).unflatten(0, (groups, -1)).sum(1)
     each = heads.num_key_value_heads // groups
     members = heads.num_attention_heads // heads.num_key_value_heads
@@ -151,7 +159,7 @@ def _moment(heads_KBdF: torch.Tensor, moment_FF: torch.Tensor) -> torch.Tensor:
 
 
 def _of_one_type(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.to(tensors[0].dtype) for tensor in tensors]
+    return [tensor.to(tensors[0]) for tensor in tensors]
 
 
 def _hermitian_power(matrix: torch.Tensor, power: float) -> torch.Tensor:
