@@ -6,14 +6,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_gqa import convert
 from hf_gqa.convert.families import load_family
-from hf_gqa.methods import METHODS, method_kind
+from hf_gqa.methods import HEAD_COUNT_KINDS, METHODS, method_kind
 
 from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, tiny_donor, tokens_and_mask
 
 
 EXPORTS = ("auto", "bundle")
 ATTENTIONS = ("sdpa", "eager")
-HEAD_COUNT_METHODS = [name for name in METHODS.names() if method_kind(name) != "rearrange"]
+HEAD_COUNT_METHODS = [name for name in METHODS.names() if method_kind(name) in HEAD_COUNT_KINDS]
 DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 
 every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from hf_gqa import convert, convert_checkpoint
+from hf_gqa.convert.families import load_family
 from hf_gqa.methods import method_kind
 from hf_gqa.runtime.modeling_gqa_gpt2 import GQAGPT2ForCausalLM
 
@@ -84,6 +85,8 @@ def assert_attention_is_spread(folder: Path) -> None:
 @every_export
 @pytest.mark.parametrize("method", HEAD_COUNT_METHODS)
 def test_every_method(model_type, export, method, tmp_path):
+    if method == "fold" and load_family(model_type).donor_layout.query_norm is not None:
+        pytest.skip("is refused")
     donor = grouped_donor(model_type) if method_kind(method) == "expand" else tiny_donor(model_type)
     plan = {"num_key_value_heads": 4 if method_kind(method) == "expand" else 2}
     plan |= {"method": method, "export": export, "seed": 7}

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hf_gqa import ConversionPlan, Refusal, methods
 from hf_gqa.methods import KINDS, METHODS, MethodContext, method_kind
 from hf_gqa.weights.attention_weights import AttentionWeights
+from hf_gqa.weights.output_moments import OutputMoments
+from hf_gqa.weights.query_fit import AttentionRows
 
 
 # The baseline that forgets the donor: no promise about what the heads said.
@@ -38,10 +40,28 @@ def random_heads(H=4, K=4, D=6, E=10, bias=True, dtype=torch.float32, seed=0) ->
     )
 
 
-def context(num_key_value_heads: int, layer_idx: int = 0, seed: int = 0) -> MethodContext:
+def context(num_key_value_heads: int, layer_idx: int = 0, seed: int = 0, **known) -> MethodContext:
+    """With four KV heads before."""
     return MethodContext(
-        layer_idx=layer_idx, num_key_value_heads=num_key_value_heads, seed=seed, initializer_range=0.02
+        **{"layer_idx": layer_idx, "num_key_value_heads": num_key_value_heads, "seed": seed, "initializer_range": 0.02},
+        **{"before": random_heads(seed=7), "text": Content()} | known,
     )
+
+
+class Content:
+    """A text on which heads that do not depend on each other already do what they should."""
+
+    def output_moments(self, heads: AttentionWeights) -> OutputMoments:
+        output_EM = heads.output_EHD.flatten(1).double()
+        bias_E = output_EM.new_zeros(len(output_EM)) if heads.output_bias_E is None else heads.output_bias_E.double()
+        target_EM = torch.cat([output_EM, bias_E[:, None]], dim=1)
+        return OutputMoments(mixed_MM=torch.eye(target_EM.shape[1]).double(), target_EM=target_EM, tokens=9)
+
+    def attention_rows(self) -> list[AttentionRows]:
+        inputs_BLE = torch.randn(2, 9, 10, generator=torch.Generator().manual_seed(3))
+        allowed = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+        both = {"donor_BLE": inputs_BLE, "student_BLE": inputs_BLE}
+        return [AttentionRows(**both, allowed_BHLS=allowed, rotation=None, scaling=0.4)]
 
 
 def tensors_of(heads: AttentionWeights) -> dict[str, torch.Tensor | None]:
@@ -88,7 +108,7 @@ def test_method_is_a_frozen_value_of_a_known_kind(name):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_method_keeps_dtype_biases_and_shapes(name, bias, dtype):
-    before, after = {"expand": (2, 4)}.get(method_kind(name), (4, 2))
+    before, after = {"expand": (2, 4), "repair": (2, 2)}.get(method_kind(name), (4, 2))
     heads = random_heads(K=before, bias=bias, dtype=dtype)
     kept = {field: None if tensor is None else tensor.clone() for field, tensor in tensors_of(heads).items()}
     wanted = before if method_kind(name) == "rearrange" else after
@@ -107,7 +127,7 @@ def test_method_keeps_dtype_biases_and_shapes(name, bias, dtype):
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_method_is_deterministic(name):
-    heads = random_heads(K=2 if method_kind(name) == "expand" else 4)
+    heads = random_heads(K=2 if method_kind(name) in ("expand", "repair") else 4)
     wanted = 4 if method_kind(name) == "expand" else 2
     torch.manual_seed(0)
     one = METHODS.get(name)(heads, context(wanted, layer_idx=3, seed=5))
@@ -124,7 +144,7 @@ def test_method_is_deterministic(name):
 @pytest.mark.parametrize("num_key_value_heads", [4, 2, 1])
 def test_rearranging_keeps_the_output(name, bias, num_key_value_heads):
     heads = random_heads(K=num_key_value_heads, bias=bias, dtype=torch.float64)
-    found = METHODS.get(name)(heads, context(1))
+    found = METHODS.get(name)(heads, context(max(1, num_key_value_heads // 2)))
     torch.testing.assert_close(layer_output(found), layer_output(heads))
 
 
@@ -240,7 +260,9 @@ def test_method_of_an_unknown_kind_is_the_authors_error(monkeypatch):
     monkeypatch.setattr(methods.first.METHOD.__class__, "kind", "merge")
     with pytest.raises(TypeError) as refused:
         method_kind("first")
-    assert str(refused.value) == ("conversion method 'first': kind = 'merge'. Use one of rearrange, reduce, expand.")
+    assert str(refused.value) == (
+        "conversion method 'first': kind = 'merge'. Use one of rearrange, reduce, expand, repair."
+    )
 
 
 def test_method_file_without_a_method_is_the_authors_error(monkeypatch):

@@ -5,15 +5,17 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from ..convert.donor import open_donor
+from ..convert.donor import Donor, open_donor
 from ..convert.plan import EXPORTS, ConversionPlan
 from ..convert.target import choose_target
+from ..export.calibration_text import DEFAULT_TOKENS, SAVED, make_calibration
 from ..export.explanation import Explanation, explain
 from ..export.write_student import convert_checkpoint
 from ..human_units import human_bytes, human_count
 from ..methods import METHODS
+from ..refusal import Refusal
 from ..staging import check_output
-from .options import Json, Revision, TrustRemoteCode, WeightsOnly
+from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 
 
@@ -24,6 +26,9 @@ def convert(
     method: str = typer.Option("mean_pool", help=f"Conversion methods, comma-separated: {', '.join(METHODS.names())}."),
     export: str = typer.Option("auto", help=f"How to export: {', '.join(EXPORTS)}."),
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
+    calibration: CalibrationFiles = None,
+    calibration_tokens: CalibrationTokens = None,
+    save_calibration: SaveCalibration = None,
     revision: Revision = None,
     dry_run: bool = typer.Option(False, "--dry-run", help="Explain the plan and write nothing."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUTPUT if it holds a model."),
@@ -44,13 +49,27 @@ def convert(
         if not json:
             print_explanation(explanation, output)
         if not dry_run:
-            convert_checkpoint(opened, output, plan, overwrite=overwrite)
+            known = _calibration(opened, calibration or [], calibration_tokens, seed, save_calibration)
+            convert_checkpoint(opened, output, plan, calibration=known, overwrite=overwrite)
     if json:
         print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run})
     elif dry_run:
         console().print("Nothing was written (--dry-run).")
     else:
         console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
+
+
+def _calibration(donor: Donor, files: list[str], tokens: int | None, seed: int, save: Path | None):
+    if save is not None and save.suffix != SAVED:
+        raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
+    if not files and tokens is None:
+        if save is not None:
+            raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
+        return None
+    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed)
+    if save is not None:
+        made.write(save)
+    return made
 
 
 def print_explanation(explanation: Explanation, output: Path) -> None:

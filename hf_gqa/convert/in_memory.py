@@ -5,13 +5,20 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from .calibration import Calibration, calibrated
 from .donor import donor_from_model
 from .plan import ConversionPlan, make_plan
 from .surgery import converted_shards
 from .target import choose_target
 
 
-def convert(model: PreTrainedModel, plan: ConversionPlan | None = None, **plan_fields) -> PreTrainedModel:
+def convert(
+    model: PreTrainedModel,
+    plan: ConversionPlan | None = None,
+    *,
+    calibration: Calibration | torch.Tensor | None = None,
+    **plan_fields,
+) -> PreTrainedModel:
     """A new model that follows the plan; `model` is untouched and shares no memory with it.
 
     Source: GQA (Ainslie et al. 2023, arXiv 2305.13245) for the default method, `mean_pool`.
@@ -19,6 +26,8 @@ def convert(model: PreTrainedModel, plan: ConversionPlan | None = None, **plan_f
     Args:
         model: the donor: any transformers model of a known family, base or with a head, on one device.
         plan: what the student shall be; or give its fields, as in `convert(model, num_key_value_heads=2)`.
+        calibration: rows of token ids `[N, L]` that methods may look at the donor with, or what `calibrate` made of
+            them; without it they go by the weights alone.
 
     Returns:
         The student, in the donor's dtype, device and training mode: of the donor's own class where that can express
@@ -31,7 +40,7 @@ def convert(model: PreTrainedModel, plan: ConversionPlan | None = None, **plan_f
     donor = donor_from_model(model)
     target = choose_target(donor, plan)
     state = {}
-    for _, tensors in converted_shards(donor, plan, target):
+    for _, tensors in converted_shards(donor, plan, target, **calibrated(donor, plan, target, calibration, model)):
         state.update((name, tensor.clone()) for name, tensor in tensors.items())
     student, loading = target.model_class.from_pretrained(
         None,

@@ -34,6 +34,7 @@ class Manifest:
         donor: name, model_type, model_class, num_attention_heads, num_key_value_heads, and what identifies the weights:
             `revision` (a commit on the Hub) or `weights_sha256` (file name -> hash), the other being None.
         versions: of the libraries that wrote the student.
+        calibration: the text that methods looked at, `tokens` and `sha256` of its rows; None if there was none.
         uptraining: how the student was trained after its conversion; None if it was not.
     """
 
@@ -45,6 +46,7 @@ class Manifest:
     model_class: str
     donor: dict
     versions: dict
+    calibration: dict | None = None
     uptraining: dict | None = None
 
     def write(self, folder: Path) -> None:
@@ -79,12 +81,18 @@ class Manifest:
             raise ValueError(f"export = {self.export!r}, model_class = {self.model_class!r}")
         if not isinstance(self.uptraining, dict | None):
             raise ValueError(f"uptraining = {self.uptraining!r}")
+        if not isinstance(self.calibration, dict | None):
+            raise ValueError(f"calibration = {self.calibration!r}")
         if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
             raise ValueError(f"donor = {self.donor!r}")
 
 
 def make_manifest(
-    donor: Donor, plan: ConversionPlan, target: Target, weights_sha256: dict[str, str] | None
+    donor: Donor,
+    plan: ConversionPlan,
+    target: Target,
+    weights_sha256: dict[str, str] | None,
+    calibration: dict | None = None,
 ) -> Manifest:
     return Manifest(
         format=FORMAT,
@@ -108,6 +116,7 @@ def make_manifest(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        calibration=calibration,
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from ..methods import METHODS, method_kind
+from ..methods import HEAD_COUNT_KINDS, METHODS, method_kind
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
 from ..sharing import SHARINGS
@@ -48,17 +48,18 @@ class ConversionPlan:
         if self.export not in EXPORTS:
             raise Refusal(f"export = {self.export!r} is unknown. Use one of {', '.join(EXPORTS)}.")
         SHARINGS.get(self.sharing)
-        changing = [name for name in method if method_kind(name) != "rearrange"]
+        changing = [name for name in method if method_kind(name) in HEAD_COUNT_KINDS]
         if len(changing) != 1:
             raise Refusal(
                 f"method = {','.join(method)}: {len(changing)} of these change the number of KV heads. Use exactly one "
-                f"of {', '.join(name for name in METHODS.names() if method_kind(name) != 'rearrange')}."
+                f"of {', '.join(name for name in METHODS.names() if method_kind(name) in HEAD_COUNT_KINDS)}."
             )
+        _check_order(method, changing[0])
 
     @property
     def head_count_method(self) -> str:
         """The one method that changes the number of KV heads."""
-        return next(name for name in self.method if method_kind(name) != "rearrange")
+        return next(name for name in self.method if method_kind(name) in HEAD_COUNT_KINDS)
 
     def rows(self, num_hidden_layers: int) -> tuple[LayerPlan, ...]:
         return SHARINGS.get(self.sharing)(num_hidden_layers, self.num_key_value_heads)
@@ -79,6 +80,21 @@ class ConversionPlan:
                 "plan: the key 'num_key_value_heads' is missing. Say how many KV heads each layer shall have."
             )
         return cls(**values)
+
+
+def _check_order(method: tuple[str, ...], changing: str) -> None:
+    """Rearranging prepares a merge, a repair follows one."""
+    place = method.index(changing)
+    for number, name in enumerate(method):
+        kind = method_kind(name)
+        if kind == "repair" and method_kind(changing) != "reduce":
+            raise Refusal(
+                f"method = {','.join(method)}: '{name}' repairs what a reduction lost, and '{changing}' loses nothing. "
+                f"Leave it out."
+            )
+        if (kind == "rearrange" and number > place) or (kind == "repair" and number < place):
+            side = "before" if kind == "rearrange" else "after"
+            raise Refusal(f"method = {','.join(method)}: '{name}' belongs {side} '{changing}'. Put it there.")
 
 
 def make_plan(plan: ConversionPlan | None, plan_fields: dict) -> ConversionPlan:

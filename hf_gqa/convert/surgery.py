@@ -1,21 +1,27 @@
 """Donor tensors in, student tensors out, one donor shard at a time."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from ..methods import METHODS, MethodContext, method_kind
 from ..refusal import Refusal
 from ..weights.attention_weights import AttentionWeights
+from ..weights.head_statistics import HeadStatistics
 from ..weights.head_tensors import head_tensor_names, read_heads, write_heads
 from .donor import Donor
+from .layer_conversion import converted_layer
 from .plan import ConversionPlan
 from .target import Target
 
 
 def converted_shards(
-    donor: Donor, plan: ConversionPlan, target: Target, progress: Callable[[int], object] = lambda read_bytes: None
+    donor: Donor,
+    plan: ConversionPlan,
+    target: Target,
+    progress: Callable[[int], object] = lambda read_bytes: None,
+    statistics: Sequence[HeadStatistics] | None = None,
+    converted: Mapping[int, AttentionWeights] | None = None,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield, for each shard of the donor, its file name and the student's tensors that belong into it.
 
@@ -28,11 +34,13 @@ def converted_shards(
 
     Args:
         progress: called with the bytes of each donor tensor that has been dealt with.
+        statistics: of each layer's inputs, for the methods.
+        converted: layers whose heads have been through the methods already.
 
     Raises:
         Refusal: a tensor holds NaN or Inf.
     """
-    surgery = _Surgery(donor, plan, target)
+    surgery = _Surgery(donor, plan, target, statistics, converted or {})
     for file, stored in donor.tensors.shards.items():
         names = [name for name in stored if name not in donor.dropped]
         tensors = {}
@@ -87,8 +95,16 @@ def _check_finite(donor: Donor, name: str) -> None:
 class _Surgery:
     """Which student tensors take the place of which donor tensor."""
 
-    def __init__(self, donor: Donor, plan: ConversionPlan, target: Target):
+    def __init__(
+        self,
+        donor: Donor,
+        plan: ConversionPlan,
+        target: Target,
+        statistics: Sequence[HeadStatistics] | None,
+        converted: Mapping[int, AttentionWeights],
+    ):
         self.donor, self.plan, self.target = donor, plan, target
+        self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
         self.head_tensor = _head_tensor_pattern(donor)
         self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
@@ -107,19 +123,10 @@ class _Surgery:
         return {new: waiting.pop(new) for new in here}
 
     def converted_layer(self, layer_idx: int, attention: str) -> dict[str, torch.Tensor]:
-        heads = self.apply_methods(_read_layer(self.donor, attention, self.names), layer_idx)
+        heads = self.converted.get(layer_idx)
+        if heads is None:
+            statistics = None if self.statistics is None else self.statistics[layer_idx]
+            own = _read_layer(self.donor, attention, self.names)
+            wanted = self.target.rows[layer_idx].num_key_value_heads
+            heads = converted_layer(self.donor, self.plan, own, layer_idx, wanted, statistics)
         return {f"{attention}.{name}": tensor for name, tensor in write_heads(self.target.layout, heads).items()}
-
-    def apply_methods(self, heads: AttentionWeights, layer_idx: int) -> AttentionWeights:
-        """A method that changes the number of heads has nothing to do where the number is already right."""
-        wanted = self.target.rows[layer_idx].num_key_value_heads
-        layer = MethodContext(
-            layer_idx=layer_idx,
-            num_key_value_heads=wanted,
-            seed=self.plan.seed,
-            initializer_range=self.donor.config.initializer_range,
-        )
-        for name in self.plan.method:
-            if method_kind(name) == "rearrange" or heads.num_key_value_heads != wanted:
-                heads = METHODS.get(name)(heads, layer)
-        return heads

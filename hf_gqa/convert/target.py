@@ -9,6 +9,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..runtime.layer_plan import LayerPlan
@@ -43,10 +44,11 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     """Decide the student's class.
 
     Raises:
-        Refusal: the plan does not fit the donor's heads, or its `export` cannot be had.
+        Refusal: the plan does not fit the donor's heads or norms, or its `export` cannot be had.
     """
     for heads in sorted(set(donor.num_key_value_heads)):
         check_plan(plan, donor.num_attention_heads, heads, donor.name)
+    _check_scores(donor, plan)
     rows = plan.rows(donor.config.num_hidden_layers)
     native, obstacle = _native(donor, rows)
     if plan.export == "native" and native is None:
@@ -55,6 +57,20 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
         return native
     reason = "asked for with export = bundle" if native is not None else obstacle
     return _bundle(donor, rows, reason)
+
+
+def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
+    """Refuse methods that a norm between projection and score defeats."""
+    if donor.layout.query_norm is None or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
+        return
+    defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
+    for name in plan.method:
+        if name in defeated:
+            raise Refusal(
+                f"method = {','.join(plan.method)}: '{name}' passes maps through queries and keys, which a "
+                f"{donor.layout.model_type} norms after their projections. Use others: "
+                f"{', '.join(other for other in METHODS.names() if other not in defeated)}."
+            )
 
 
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..convert.calibration import Calibration, calibrated, text_record
 from ..convert.donor import Donor, carry_files, open_donor
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
@@ -26,6 +28,7 @@ def convert_checkpoint(
     output: str | Path,
     plan: ConversionPlan | None = None,
     *,
+    calibration: Calibration | torch.Tensor | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     weights_only: bool = False,
@@ -41,6 +44,8 @@ def convert_checkpoint(
         donor: folder, repository, or a donor opened with `open_donor`.
         output: folder to write; it appears complete or not at all.
         plan: what the student shall be; or give its fields, as in `num_key_value_heads=2`.
+        calibration: rows of token ids `[N, L]` that methods may look at the donor with, or a calibration made of them;
+            without it they go by the weights alone.
         overwrite: replace `output` if it holds a model.
         revision, weights_only, trust_remote_code: as for `open_donor`.
 
@@ -59,19 +64,20 @@ def convert_checkpoint(
     check_output(output, overwrite, donor.folder)
     target = choose_target(donor, plan)
     _check_space(output, explain(donor, plan, target).after["weight_bytes"])
+    known = calibrated(donor, plan, target, calibration)
     with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(2) as pool:
         hashes = None
         if donor.revision is None:
             hashes = {file: pool.submit(file_sha256, donor.folder / file) for file in donor.tensors.shards}
         try:
-            _write_weights(donor, plan, target, staging, pool)
+            _write_weights(donor, plan, target, known, staging, pool)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         _write_config(donor, target, staging)
         carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}
-        manifest = make_manifest(donor, plan, target, found)
+        manifest = make_manifest(donor, plan, target, found, text_record(calibration))
         manifest.write(staging)
     return manifest
 
@@ -87,10 +93,12 @@ def _check_space(output: Path, needed_bytes: int) -> None:
         )
 
 
-def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: Path, pool: ThreadPoolExecutor) -> None:
+def _write_weights(
+    donor: Donor, plan: ConversionPlan, target: Target, known: dict, staging: Path, pool: ThreadPoolExecutor
+) -> None:
     total_bytes = total_parameters = 0
     weight_map, flushed = {}, []
-    for file, tensors in _converted_shards_with_bar(donor, plan, target):
+    for file, tensors in _converted_shards_with_bar(donor, plan, target, known):
         try:
             save_file(tensors, staging / file, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -109,11 +117,11 @@ def _write_weights(donor: Donor, plan: ConversionPlan, target: Target, staging: 
         (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Target) -> Iterator:
+def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Target, known: dict) -> Iterator:
     """With a bar on terminals, unless Hugging Face's own bars are switched off."""
     total_bytes = facts(donor)["weight_bytes"]
     with progress_bar("Converting", total_bytes, "B", unit_scale=True) as bar:
-        yield from converted_shards(donor, plan, target, bar.update)
+        yield from converted_shards(donor, plan, target, bar.update, **known)
 
 
 def _write_config(donor: Donor, target: Target, staging: Path) -> None:

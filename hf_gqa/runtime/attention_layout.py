@@ -15,6 +15,7 @@ class AttentionLayout:
             `key` and `value` are not names of tensors on disk.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
         query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
+        output_normed: whether a norm stands between the attention's output and the residual stream.
         rotary: how rotary pairs lie in head_dim: "halves" (i with i + D/2), or None for no rotary embedding.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
@@ -31,6 +32,7 @@ class AttentionLayout:
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
+    output_normed: bool = False
     rotary: str | None = None
     key_value_heads_field: str | None = "num_key_value_heads"
     position: str

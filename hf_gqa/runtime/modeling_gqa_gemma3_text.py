@@ -17,6 +17,7 @@ DONOR_LAYOUT = AttentionLayout(
     attention="layers.{layer_idx}.self_attn",
     query_norm="q_norm",
     key_norm="k_norm",
+    output_normed=True,
     rotary="halves",
     position="RoPE, sliding and full layers",
 )

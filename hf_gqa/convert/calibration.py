@@ -1,0 +1,186 @@
+"""What a donor does with some text, gathered once and kept: for methods that look before they merge.
+
+Shapes: N rows, L tokens of a row, F = E + 1 (hidden and a constant one).
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from ..methods import METHODS
+from ..progress_bar import progress_bar
+from ..refusal import Refusal
+from ..weights.attention_weights import AttentionWeights
+from ..weights.head_statistics import HeadStatistics, MomentSum
+from .donor import Donor
+from .layer_conversion import SequentialConversion
+from .layer_run import LayerRun
+from .plan import ConversionPlan
+from .surgery import layer_heads
+from .target import Target
+
+
+TOKENS_PER_DIMENSION = 4  # fewer, and the moments are mostly noise
+FORMAT = "hf_gqa calibration 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The text as rows of tokens, and the moments of what each layer's attention read of it.
+
+    Args:
+        donor: fingerprint of the donor that read it.
+        tokens_NL: int32.
+        statistics: of each layer.
+    """
+
+    donor: str
+    tokens_NL: torch.Tensor
+    statistics: tuple[HeadStatistics, ...]
+
+    def write(self, file: Path) -> None:
+        tensors = {f"layers.{number}": layer.moment_FF for number, layer in enumerate(self.statistics)}
+        save_file(tensors | {"tokens": self.tokens_NL}, file, metadata={"format": FORMAT, "donor": self.donor})
+
+    @classmethod
+    def read(cls, file: Path) -> "Calibration":
+        """Raises Refusal for what is no calibration."""
+        try:
+            with safe_open(file, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise Refusal(f"{file}: is no calibration of this hf_gqa. Calibrate again.")
+                tokens_NL = stored.get_tensor("tokens")
+                layers = range(len(stored.keys()) - 1)
+                moments = [stored.get_tensor(f"layers.{number}") for number in layers]
+        except (SafetensorError, OSError) as error:
+            raise Refusal(f"{file}: cannot be read ({error}). Calibrate again.") from None
+        statistics = tuple(HeadStatistics(moment_FF=moment, tokens=tokens_NL.numel()) for moment in moments)
+        return cls(donor=metadata["donor"], tokens_NL=tokens_NL, statistics=statistics)
+
+
+def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> Calibration:
+    """Run the donor over the text once, layer by layer.
+
+    Args:
+        model: the donor loaded.
+        tokens_NL: rows of tokens; each token attends to all before it in its row.
+
+    Raises:
+        Refusal: no rows of the donor's tokens.
+
+    Warns:
+        UserWarning: too few tokens for the donor's width.
+    """
+    _check_rows(tokens_NL, donor)
+    tokens_NL, needed = tokens_NL.to(torch.int32), TOKENS_PER_DIMENSION * donor.config.hidden_size
+    if tokens_NL.numel() < needed:
+        warnings.warn(
+            f"calibration: {tokens_NL.numel():,} tokens say little about {donor.config.hidden_size:,} dimensions; what they "
+            f"are silent on is left as it is. Give {needed:,} tokens or more.",
+            stacklevel=2,
+        )
+    run = LayerRun(model, donor.layout, tokens_NL.long())
+    hidden, statistics = run.embedded, []
+    with progress_bar("Calibrating", donor.config.num_hidden_layers, "layer") as bar:
+        for layer_idx in range(donor.config.num_hidden_layers):
+            total = MomentSum(hidden[0].shape[-1])
+            hidden = run.outputs(
+                layer_idx,
+                run.layer(layer_idx),
+                hidden,
+                lambda _, seen, total=total: total.add(seen["inputs"].flatten(0, 1)),
+            )
+            statistics.append(total.statistics())
+            bar.update()
+    return Calibration(donor=fingerprint(donor), tokens_NL=tokens_NL, statistics=tuple(statistics))
+
+
+def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
+    if tokens_NL.dim() != 2 or tokens_NL.is_floating_point() or not tokens_NL.numel():
+        raise Refusal(
+            f"calibration: got {tokens_NL.dtype} of shape {list(tokens_NL.shape)}. Give rows of token ids, [rows, tokens]."
+        )
+    longest, vocabulary = donor.config.max_position_embeddings, donor.config.vocab_size
+    if tokens_NL.shape[1] > longest:
+        raise Refusal(
+            f"calibration: rows of {tokens_NL.shape[1]:,} tokens are longer than max_position_embeddings = {longest:,} of "
+            f"'{donor.name}'. Give shorter rows."
+        )
+    if tokens_NL.min() < 0 or tokens_NL.max() >= vocabulary:
+        raise Refusal(
+            f"calibration: its token ids go from {int(tokens_NL.min())} to {int(tokens_NL.max())}, those of "
+            f"'{donor.name}' from 0 to {vocabulary - 1}. Use the donor's own tokenizer."
+        )
+
+
+def fingerprint(donor: Donor) -> str:
+    """Of the values of the attention weights, some of each; the same in memory and on disk, whatever the file names."""
+    digest = hashlib.sha256()
+    for layer_idx, heads in layer_heads(donor):
+        for name in ("query_HDE", "key_KDE", "value_KDE", "output_EHD"):
+            tensor = getattr(heads, name)
+            some = tensor.flatten(1)[:, :: max(1, tensor[0].numel() // 64)]
+            digest.update(json.dumps([layer_idx, name, list(tensor.shape)]).encode())
+            digest.update(some.to(torch.float64).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def text_record(calibration: Calibration | torch.Tensor | None) -> dict | None:
+    """What a manifest says of the text."""
+    if calibration is None:
+        return None
+    tokens_NL = calibration.tokens_NL if isinstance(calibration, Calibration) else calibration
+    rows = tokens_NL.to("cpu", torch.int32).contiguous().numpy().tobytes()
+    return {"tokens": tokens_NL.numel(), "sha256": hashlib.sha256(rows).hexdigest()}
+
+
+def calibrated(
+    donor: Donor,
+    plan: ConversionPlan,
+    target: Target,
+    calibration: Calibration | torch.Tensor | None,
+    model: PreTrainedModel | None = None,
+) -> dict:
+    """What `converted_shards` needs to know of the text: `statistics`, and layers that were `converted` already.
+
+    Args:
+        calibration: made before, or rows of tokens to make it of; None: nothing is known.
+        model: the donor loaded; by default it is, where that is needed.
+
+    Raises:
+        Refusal: the calibration of another donor.
+    """
+    if calibration is None:
+        return {}
+    if isinstance(calibration, Calibration) and calibration.donor != fingerprint(donor):
+        raise Refusal(
+            f"calibration: was made with another donor than '{donor.name}', whose weights differ. Calibrate this one."
+        )
+    observes = any(getattr(METHODS.get(name), "observes", False) for name in plan.method)
+    if model is None and (observes or not isinstance(calibration, Calibration)):
+        model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype="auto")
+    if not isinstance(calibration, Calibration):
+        calibration = calibrate(donor, model, calibration)
+    converted = dict(_sequentially_converted(donor, model, plan, target, calibration)) if observes else {}
+    return {"statistics": calibration.statistics, "converted": converted}
+
+
+def _sequentially_converted(
+    donor: Donor, model: PreTrainedModel, plan: ConversionPlan, target: Target, calibration: Calibration
+) -> Iterator[tuple[int, AttentionWeights]]:
+    """Each layer's converted heads, from the bottom up."""
+    sequence = SequentialConversion(donor, model, calibration.tokens_NL.long())
+    with progress_bar("Fitting", donor.config.num_hidden_layers, "layer") as bar:
+        for layer_idx, heads in layer_heads(donor):
+            wanted = target.rows[layer_idx].num_key_value_heads
+            yield layer_idx, sequence.layer(plan, heads, layer_idx, wanted, calibration.statistics[layer_idx])
+            bar.update()

@@ -1,0 +1,126 @@
+"""Run a donor's layers one at a time on rows of tokens, with its own heads or with others in their place.
+
+Shapes: N rows, L tokens of a row, B rows of a batch, E hidden.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..runtime.attention_layout import AttentionLayout
+from ..weights.attention_weights import AttentionWeights
+from ..weights.head_tensors import read_heads, write_heads
+
+
+Batches = list[torch.Tensor]
+
+
+class LayerRun:
+    """A donor's layers in float32, one copied at a time; between layers, only the rows' hidden states are kept.
+
+    Args:
+        model: the donor; untouched.
+        tokens_NL: rows to run on.
+        batch_size: rows at once.
+
+    Attributes:
+        embedded: what the first layer reads, batch by batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: AttentionLayout, tokens_NL: torch.Tensor, batch_size: int = 8):
+        self.base, self.layout = model.base_model, layout
+        self.layers_path = re.match(r"(.*?)\.\{layer_idx\}", layout.attention)[1]
+        layers = self.base.get_submodule(self.layers_path)
+        recorders = nn.ModuleList(_Recorder() for _ in layers)
+        around = copy.deepcopy(self.base, {id(layers): recorders}).float().eval()
+        self.embedded: Batches = []
+        self.arguments: list[list[tuple[tuple, dict]]] = []
+        for rows_BL in tokens_NL.split(batch_size):
+            around(rows_BL.to(self.base.device), use_cache=False)
+            self.embedded.append(recorders[0].hidden_states)
+            self.arguments.append([recorder.arguments for recorder in recorders])
+
+    def layer(self, layer_idx: int, heads: AttentionWeights | None = None) -> nn.Module:
+        """A copy; `heads` may have fewer KV heads, which are repeated until there are as many as the donor has."""
+        layer = copy.deepcopy(self.base.get_submodule(f"{self.layers_path}.{layer_idx}")).float().eval()
+        if heads is not None:
+            self._put(heads, self._attention(layer, layer_idx))
+        return layer
+
+    def _put(self, heads: AttentionWeights, attention: nn.Module) -> None:
+        own = read_heads(self.layout, dict(attention.named_parameters()).get, *heads.query_HDE.shape[:2])
+        copies = own.num_key_value_heads // heads.num_key_value_heads
+        repeated = heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
+        for name, tensor in write_heads(self.layout, repeated).items():
+            attention.get_parameter(name).data.copy_(tensor)
+
+    def _attention(self, layer: nn.Module, layer_idx: int) -> nn.Module:
+        return layer.get_submodule(self.layout.attention.format(layer_idx=layer_idx).split(f".{layer_idx}.", 1)[1])
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        layer_idx: int,
+        layer: nn.Module,
+        inputs: Batches,
+        tap: Callable[[int, dict], object] | None = None,
+        picked: Iterable[int] | None = None,
+    ) -> Batches:
+        """What the layer makes of each batch.
+
+        Args:
+            tap: told of each batch's number and `inputs` (of the attention), `mixed` (what its output projection
+                reads) and `output` (of the attention), each `[B, L, ...]`.
+            picked: numbers of the batches to run; by default all.
+        """
+        seen = {}
+        attention = self._attention(layer, layer_idx)
+        output = attention.get_submodule(self.layout.output)
+
+        def before(module, args, kwargs):
+            seen["inputs"] = args[0] if args else kwargs["hidden_states"]
+
+        def mixed(module, args):
+            seen["mixed"] = args[0]
+
+        def after(module, args, found):
+            seen["output"] = found
+
+        hooks = [
+            attention.register_forward_pre_hook(before, with_kwargs=True),
+            output.register_forward_pre_hook(mixed),
+            output.register_forward_hook(after),
+        ]
+        found = []
+        for number in range(len(inputs)) if picked is None else picked:
+            args, kwargs = self.arguments[number][layer_idx]
+            found.append(layer(inputs[number], *args, **kwargs))
+            if tap is not None:
+                tap(number, seen)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def attention_arguments(self, layer_idx: int, number: int) -> dict:
+        """`allowed_BHLS`, `rotation` and `scaling` of a layer's attention in one batch."""
+        args, kwargs = self.arguments[number][layer_idx]
+        length = self.embedded[number].shape[1]
+        allowed = torch.ones(length, length, dtype=torch.bool, device=self.embedded[number].device).tril()[None, None]
+        for mask in [*args, kwargs.get("attention_mask")]:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 4:  # additive where it is not boolean
+                allowed = allowed & (mask if mask.dtype == torch.bool else mask == 0)
+        attention = self._attention(self.base.get_submodule(f"{self.layers_path}.{layer_idx}"), layer_idx)
+        rotation = kwargs["position_embeddings"] if self.layout.rotary is not None else None
+        return {"allowed_BHLS": allowed, "rotation": rotation, "scaling": attention.scaling}
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: keeps what it is called with, and computes nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        self.hidden_states, self.arguments = hidden_states.detach(), (args, kwargs)
+        return hidden_states
