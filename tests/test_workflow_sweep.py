@@ -86,14 +86,15 @@ def test_uptraining_and_speed_and_students_kept(tmp_path):
     (tmp_path / "uptrain.yaml").write_text(
         "sample_from_teacher: true\nbudget_tokens: 2048\nsequence_length: 32\neval_tokens: 64\n"
     )
-    asked = ["sweep", DONOR, tmp_path / "out", "--num-key-value-heads", "2", "--uptrain", tmp_path / "uptrain.yaml"]
+    asked = ["sweep", DONOR, tmp_path / "out", "--num-key-value-heads", "2", "--methods", "group+fold"]
+    asked += ["--calibration-tokens", 256, "--uptrain", tmp_path / "uptrain.yaml"]
     few = [word for word in EVALUATE if word != "--no-speed"]
     few += ["--speed-context-lengths", 16, "--repetitions", 3, "--decode-tokens", 2]
     done = run_cli(*asked, *few, "--keep-students")
     assert done.exit_code == 0, done.stderr
     (found,) = SweepTable.read(tmp_path / "out").rows
     assert found.uptrain_tokens == 2048 and found.decode_speedup > 0 and found.allowed_decode_speedup > 1
-    assert names_in(tmp_path / "out" / "plans" / "mean_pool-own-2") == {"converted", "student", "report"}
+    assert names_in(tmp_path / "out" / "plans" / "group+fold-own-2") == {"converted", "student", "report"}
     assert "tokens per second" in (tmp_path / "out" / "sweep.svg").read_text()
 
 

@@ -16,7 +16,7 @@ from ..workflow.run_recipe import taught_by
 from ..workflow.sweep import Sweep
 from ..workflow.sweep_table import PLOT_FILE, SWEEP_FILE, TABLE_FILE, SweepTable
 from .evaluate import HELP
-from .options import Json
+from .options import CalibrationFiles, CalibrationTokens, Json
 from .printing import console, errors_as_messages, print_json
 from .recipe_options import with_options_of
 
@@ -29,6 +29,8 @@ def sweep(
     num_key_value_heads: str = typer.Option(..., help="KV heads, comma-separated, such as 8,4,2,1."),
     methods: str = typer.Option("mean_pool", help=f"Comma-separated: {', '.join(METHODS.names())}; join steps with +."),
     sharing: str = typer.Option("own", help=f"Sharing patterns, comma-separated: {', '.join(SHARINGS.names())}."),
+    calibration: CalibrationFiles = None,
+    calibration_tokens: CalibrationTokens = None,
     uptrain: Path = typer.Option(None, help="YAML with keys of hf-gqa uptrain; the donor teaches if not said."),
     keep_students: bool = typer.Option(False, "--keep-students", help="Leave the students on disk, not only reports."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Discard an earlier sweep in OUTPUT_DIR."),
@@ -49,6 +51,8 @@ def sweep(
             asked.recipe(),
             methods=tuple(method.replace("+", ",") for method in methods.split(",")),
             sharings=tuple(sharing.split(",")),
+            calibration=calibration or (),
+            calibration_tokens=calibration_tokens,
             uptraining=uptraining,
             keep_students=keep_students,
             overwrite=overwrite,

@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import yaml
 
+from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
 from ..convert.plan import ConversionPlan
 from ..convert.target import choose_target
@@ -15,6 +16,7 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.recipe import EvaluationRecipe
 from ..evaluate.report import PAGE_FILE, Report
 from ..evaluate.write_report import write_report
+from ..export.calibration_text import DEFAULT_TOKENS, make_calibration
 from ..export.explanation import explain
 from ..export.licence import find_licence, licence_of_donor
 from ..export.model_card import make_card, write_card
@@ -40,6 +42,7 @@ class RunRecipe(Recipe):
         uptrain: keys of `hf-gqa uptrain`; the donor teaches, unless the objective is cross_entropy or there is another
             teacher. None: the student stays as it was converted.
         evaluate: keys of `hf-gqa evaluate`.
+        calibration, calibration_tokens: text that methods look at the donor with, as for `hf-gqa convert`.
         revision: commit of the donor on the Hub.
 
     Raises:
@@ -51,6 +54,8 @@ class RunRecipe(Recipe):
     convert: ConversionPlan
     evaluate: EvaluationRecipe
     uptrain: UptrainRecipe | None = None
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int | None = None
     revision: str | None = None
 
     def __post_init__(self):
@@ -131,7 +136,8 @@ class Run:
         converted = self.folder / (CONVERTED if self.recipe.uptrain else STUDENT)
         if not converted.exists():
             self.announce("convert", self.conversion)
-            convert_checkpoint(self.donor, converted, self.recipe.convert)
+            known = calibration_of(self.donor, self.recipe.calibration, self.recipe.calibration_tokens)
+            convert_checkpoint(self.donor, converted, self.recipe.convert, calibration=known)
         student = self.folder / STUDENT
         if not student.exists():
             unfinished = any((self.folder / f"{STUDENT}.unfinished").glob("checkpoint-*"))
@@ -163,6 +169,13 @@ class Run:
         card = make_card(report, student, name=self.folder.resolve().name, licence=licence)
         write_card(card, report, student, licence, self.folder / REPORT / PAGE_FILE)
         self.announce("card", student)
+
+
+def calibration_of(donor: Donor, files: Sequence[str], tokens: int | None) -> Calibration | None:
+    """What methods look at the donor with; None where nobody asked for it."""
+    if not files and tokens is None:
+        return None
+    return make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens)
 
 
 def check_earlier_run(folder: Path, recipe: dict, resume: bool, overwrite: bool) -> None:

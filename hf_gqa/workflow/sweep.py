@@ -4,8 +4,10 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
+from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
 from ..convert.plan import ConversionPlan
 from ..convert.target import choose_target
@@ -18,7 +20,7 @@ from ..refusal import Refusal
 from ..staging import check_apart, replace_file
 from ..uptrain.recipe import UptrainRecipe
 from ..uptrain.run import UptrainRun
-from .run_recipe import REPORT, STUDENT
+from .run_recipe import REPORT, STUDENT, calibration_of
 from .sweep_plot import plot_sweep
 from .sweep_table import (
     FORMAT,
@@ -45,6 +47,7 @@ class Sweep:
         output: folder to write; plans that it already holds, of the same recipes, are not run again.
         num_key_value_heads, methods, sharings: every combination is a plan.
         evaluation: how each is evaluated.
+        calibration, calibration_tokens: text that methods look at the donor with, once for all plans.
         uptraining: how each is uptrained first; None: not at all. The donor is the teacher unless it names another.
         keep_students: leave the students in the plans' folders; otherwise only reports stay.
 
@@ -61,6 +64,8 @@ class Sweep:
         *,
         methods: Sequence[str] = ("mean_pool",),
         sharings: Sequence[str] = ("own",),
+        calibration: Sequence[str] = (),
+        calibration_tokens: int | None = None,
         uptraining: UptrainRecipe | None = None,
         seed: int = 0,
         keep_students: bool = False,
@@ -70,6 +75,7 @@ class Sweep:
         self.donor_name, self.output = str(donor), Path(output).expanduser()
         self.evaluation, self.uptraining = evaluation, uptraining
         self.keep_students, self.announce = keep_students, announce
+        self.calibration_text = {"files": list(calibration), "tokens": calibration_tokens}
         self.donor: Donor = open_donor(donor)
         check_apart(self.output, self.donor.folder, "donor")
         self.plans = {
@@ -90,11 +96,17 @@ class Sweep:
         """What two sweeps must agree on to share reports."""
         uptraining = self.uptraining.to_dict() if self.uptraining else None
         seed = next(iter(self.plans.values())).seed
-        return {"evaluate": self.evaluation.to_dict(), "uptrain": uptraining, "seed": seed, "donor": self.identity}
+        made = {"evaluate": self.evaluation.to_dict(), "uptrain": uptraining, "calibration": self.calibration_text}
+        return made | {"seed": seed, "donor": self.identity}
 
-    @property
+    @cached_property
     def identity(self) -> str:
+        """Read once: it may take the hash of many gigabytes."""
         return donor_hash(self.donor)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        return calibration_of(self.donor, self.calibration_text["files"], self.calibration_text["tokens"])
 
     def _check_output(self, overwrite: bool) -> None:
         if not self.output.exists():
@@ -125,7 +137,7 @@ class Sweep:
         if (folder / REPORT).exists():
             return Report.read(folder / REPORT)
         converted = folder / "converted"
-        convert_checkpoint(self.donor, converted, plan, overwrite=True)
+        convert_checkpoint(self.donor, converted, plan, calibration=self.calibration, overwrite=True)
         student, before = converted, None
         if self.uptraining is not None:
             student, before = folder / STUDENT, converted
