@@ -97,8 +97,9 @@ def table(results: list[dict]) -> str:
     pooled = {found["num_key_value_heads"]: found for found in results if found["method"] == "mean_pool"}
     order = {method: number for number, method in enumerate(METHODS)}
     for found in sorted(results, key=lambda one: (-one["num_key_value_heads"], order[one["method"]])):
-        mean = pooled[found["num_key_value_heads"]]
-        undone = 1 - (found["loss"] - found["donor_loss"]) / (mean["loss"] - mean["donor_loss"])
+        mean, undone = pooled.get(found["num_key_value_heads"]), float("nan")
+        if mean is not None:
+            undone = 1 - (found["loss"] - found["donor_loss"]) / (mean["loss"] - mean["donor_loss"])
         lines.append(
             f"| {found['num_key_value_heads']} | {found['method']} | {found['loss']:.3f} | {found['kl']:.3f} | "
             f"{found['top1_agreement']:.1%} | {undone:.1%} | {found['seconds']:.1f} |"

@@ -331,6 +331,7 @@ def test_a_broken_calibration_is_refused(tmp_path):
         Calibration.read(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [["text"], []], ids=["text", "sampled"])
 def test_command_line_calibrates(given, tmp_path):
     """On the embedded donor; a kept calibration gives the student that the text gave."""

@@ -66,6 +66,7 @@ def make_calibration(
             tokens=tokens,
             sequence_length=length,
             seed=seed,
+            batch_size=min(32, -(-tokens // length)),
         )
         return calibrate(donor, model, _tokens(rows))
 
