@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast test-slow test-oldest quality wheel clean
+.PHONY: demo test test-all test-fast test-slow test-oldest quality wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
-test: quality test-fast test-slow test-oldest
+test: quality test-all test-oldest
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 quality: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

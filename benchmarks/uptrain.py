@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ DONORS = {
     "gptstories": Donor("gptstories-280k-mha", 256, None, 16_384_000),
 }
 HELD_OUT_TOKENS = 32_768
+CALIBRATION_TOKENS = 16_384
+BEST = "group,fold,refit_queries,refit"
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,19 @@ class Bench:
     def student(self, cell: Cell):
         model = self.opened.model_class.from_pretrained(self.folder, dtype=torch.float32)
         return convert(
-            model, num_key_value_heads=cell.num_key_value_heads, method=cell.method, seed=cell.seed, export="auto"
+            model,
+            num_key_value_heads=cell.num_key_value_heads,
+            method=cell.method,
+            seed=cell.seed,
+            calibration=self.calibration if cell.method == BEST else None,
         )
+
+    @cached_property
+    def calibration(self) -> torch.Tensor:
+        """Rows from all over the training text."""
+        count = CALIBRATION_TOKENS // self.donor.sequence_length
+        picked = torch.linspace(0, len(self.train) - 1, count).long().tolist()
+        return torch.tensor([self.train[row]["input_ids"] for row in picked])
 
     def trainer(self, cell: Cell) -> UptrainTrainer:
         budget = max(self.donor.sequence_length, round(cell.budget_fraction * self.donor.budget_unit))
@@ -226,6 +240,9 @@ def grid(name: str) -> list[Cell]:
         *cells((0.025,), (2, 1, 4), (0,), rivals),
         *cells((0.05,), (1, 4), (0,), both),
         *cells((0.05,), (2,), (1, 2), both),
+        *cells((0.001, 0.0025, 0.01, 0.05), (2,), (0,), ("distill",), method=BEST),
+        *cells((0.01,), (2,), (0,), ("text",), method=BEST),
+        *cells((0.01,), (4, 1), (0,), ("distill",), method=BEST),
         *cells((0.1,), (2, 1, 4), (0,), both),
         *cells((0.025, 0.05), (1, 4), (1, 2), both),
     ]

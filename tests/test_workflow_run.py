@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 def test_without_uptraining_the_student_is_the_converted_one(tmp_path):
-    better = {"convert": {"num_key_value_heads": 2, "method": ["group", "fold", "refit"]}, "calibration_tokens": 512}
+    better = {"convert": {"num_key_value_heads": 2, "method": ["group", "fold", "refit"]}, "calibration_tokens": 1024}
     recipe, out = read_run_recipe(write(tmp_path, uptrain=None, **better)), tmp_path / "out"
     Run(recipe)()
     assert names_in(out) == {"recipe.yaml", "student", "report"}

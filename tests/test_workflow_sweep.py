@@ -87,7 +87,7 @@ def test_uptraining_and_speed_and_students_kept(tmp_path):
         "sample_from_teacher: true\nbudget_tokens: 2048\nsequence_length: 32\neval_tokens: 64\n"
     )
     asked = ["sweep", DONOR, tmp_path / "out", "--num-key-value-heads", "2", "--methods", "group+fold"]
-    asked += ["--calibration-tokens", 256, "--uptrain", tmp_path / "uptrain.yaml"]
+    asked += ["--calibration-tokens", 1024, "--uptrain", tmp_path / "uptrain.yaml"]
     few = [word for word in EVALUATE if word != "--no-speed"]
     few += ["--speed-context-lengths", 16, "--repetitions", 3, "--decode-tokens", 2]
     done = run_cli(*asked, *few, "--keep-students")
