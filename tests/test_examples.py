@@ -96,7 +96,7 @@ def test_recipe(empty_folder):
     (empty_folder / "small.yaml").write_text(small)
     printed = run(["hf-gqa", "run", "small.yaml"], empty_folder)
     assert "The cache is 4x smaller" in printed
-    assert (empty_folder / "students/prose-gqa-2/student/README.md").is_file()
+    assert (empty_folder / "students/healed-gqa-2/student/README.md").is_file()
 
 
 def test_committed_cards_are_borne_out_by_their_reports():
