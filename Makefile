@@ -49,8 +49,7 @@ test-oldest: wheel
 		tests/test_grouped_attention.py tests/test_grouped_attention_models.py \
 		tests/test_uptrain_teacher.py tests/test_uptrain_layer_matching.py tests/test_uptrain_callback.py \
 		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py \
-		tests/test_evaluate_quality.py tests/test_evaluate_evaluation.py tests/test_evaluate_recall.py \
-		tests/test_evaluate_speed.py tests/test_model_card.py
+		tests/test_evaluate_quality.py tests/test_evaluate_evaluation.py tests/test_evaluate_recall.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info students
