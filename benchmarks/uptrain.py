@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
@@ -121,7 +122,7 @@ class Bench:
         """Rows from all over the training text."""
         count = CALIBRATION_TOKENS // self.donor.sequence_length
         picked = torch.linspace(0, len(self.train) - 1, count).long().tolist()
-        return torch.tensor([self.train[row]["input_ids"] for row in picked])
+        return torch.from_numpy(np.stack([self.train[row]["input_ids"] for row in picked]))
 
     def trainer(self, cell: Cell) -> UptrainTrainer:
         budget = max(self.donor.sequence_length, round(cell.budget_fraction * self.donor.budget_unit))
