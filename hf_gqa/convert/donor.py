@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
+from ..runtime.attention_sites import AttentionSite, attention_sites
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .families import Family, family_of
@@ -59,17 +60,24 @@ class Donor:
     dropped: frozenset[str]
 
     @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Every attention, in the order of the rows."""
+        return attention_sites(self.layout, self.config)
+
+    @property
     def num_attention_heads(self) -> int:
-        return self.config.num_attention_heads
+        """Of the decoder."""
+        return self.sites[0].num_attention_heads
 
     @property
     def num_key_value_heads(self) -> list[int]:
-        """Of each layer."""
+        """Of each attention: without an encoder, of each layer."""
         return _key_value_heads(self.config, self.layout)
 
     @property
     def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_attention_heads
+        """Of the decoder."""
+        return self.sites[0].head_dim
 
 
 def open_donor(
@@ -237,10 +245,10 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
 def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
     where = str(folder or name)
     layout = family.layout_of(config.model_type)
-    for heads in set(_key_value_heads(config, layout)):
-        if heads < 1 or config.num_attention_heads % heads:
+    for site, heads in zip(attention_sites(layout, config), _key_value_heads(config, layout), strict=True):
+        if heads < 1 or site.num_attention_heads % heads:
             raise Refusal(
-                f"{where}: {heads} KV heads do not divide num_attention_heads = {config.num_attention_heads}, so no model "
+                f"{where}: {heads} KV heads do not divide num_attention_heads = {site.num_attention_heads}, so no model "
                 f"of this configuration can run. Correct config.json."
             )
     try:
@@ -316,8 +324,9 @@ def _key_value_heads(config: PretrainedConfig, layout: AttentionLayout) -> list[
     plan = getattr(config, "layer_plan", None)
     if plan is not None:
         return [row["num_key_value_heads"] for row in plan]
-    field = layout.key_value_heads_field or "num_attention_heads"
-    return [getattr(config, field)] * config.num_hidden_layers
+    if layout.key_value_heads_field is None:
+        return [site.num_attention_heads for site in attention_sites(layout, config)]
+    return [getattr(config, layout.key_value_heads_field)] * getattr(config, layout.num_layers_field)
 
 
 def _first_value(mapping) -> str:

@@ -46,7 +46,7 @@ def load_family(name: str) -> Family:
     donor_layout = module.DONOR_LAYOUT
 
     def own(mixin: type) -> type:
-        found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c is not mixin]
+        found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c.__module__ == module.__name__]
         if len(found) != 1:
             raise TypeError(f"{module.__file__}: a family defines one subclass of {mixin.__name__}, got {len(found)}.")
         return found[0]

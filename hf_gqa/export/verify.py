@@ -179,7 +179,7 @@ def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[int], dtype: s
     for layer_idx, heads in layer_heads(donor):
         if rows[layer_idx] < heads.num_key_value_heads:
             written = write_heads(donor.layout, _merged_in_place(heads, rows[layer_idx], plan.head_count_method))
-            attention = base.get_submodule(donor.layout.attention.format(layer_idx=layer_idx))
+            attention = base.get_submodule(donor.sites[layer_idx].path)
             for name, tensor in written.items():
                 attention.get_parameter(name).copy_(tensor)
     tokens, mask = fresh_process.probe(donor.config.vocab_size)

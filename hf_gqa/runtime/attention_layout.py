@@ -20,6 +20,11 @@ class AttentionLayout:
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
         position: the position scheme in words, for people.
+        cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
+            `attention` is the path in the decoder.
+        encoder_attention: path of an encoder layer's attention, with `cross_attention`.
+        num_layers_field, num_heads_field: configuration fields with the layers, and the query heads, of the decoder.
+        num_encoder_layers_field, num_encoder_heads_field: those of the encoder.
     """
 
     model_type: str
@@ -36,6 +41,12 @@ class AttentionLayout:
     rotary: str | None = None
     key_value_heads_field: str | None = "num_key_value_heads"
     position: str
+    cross_attention: str | None = None
+    encoder_attention: str | None = None
+    num_layers_field: str = "num_hidden_layers"
+    num_heads_field: str = "num_attention_heads"
+    num_encoder_layers_field: str = "num_hidden_layers"
+    num_encoder_heads_field: str = "num_attention_heads"
 
     def unfused(self, model_type: str) -> "AttentionLayout":
         """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
@@ -44,5 +55,5 @@ class AttentionLayout:
             model_type=model_type,
             fused=None,
             transposed=self.transposed - {self.fused},
-            key_value_heads_field="num_key_value_heads",
+            key_value_heads_field="num_key_value_heads" if self.cross_attention is None else None,
         )

@@ -12,11 +12,7 @@ class PlannedConfig:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.layer_plan is None:
-            rows = uniform_rows(self.num_hidden_layers, self.num_key_value_heads)
-            self.layer_plan = [row.to_dict() for row in rows]
+        self.fill_plan()
         if getattr(self, "auto_map", None) is None:
             file = type(self).__module__.rpartition(".")[2]
             stem = type(self).__name__.removesuffix("Config")
@@ -25,6 +21,13 @@ class PlannedConfig:
                 "AutoModel": f"{file}.{stem}Model",
                 "AutoModelForCausalLM": f"{file}.{stem}ForCausalLM",
             }
+
+    def fill_plan(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_plan is None:
+            rows = uniform_rows(self.num_hidden_layers, self.num_key_value_heads)
+            self.layer_plan = [row.to_dict() for row in rows]
 
     def validate_layer_plan(self):
         rows = tuple(LayerPlan.from_dict(row) for row in self.layer_plan)
@@ -53,11 +56,14 @@ class PlannedModel(GroupedByDefault):
 
     def __init__(self, config):
         super().__init__(config)
+        self.plan_attention(config)
+        self.post_init()
+
+    def plan_attention(self, config) -> None:
         for layer_idx in range(config.num_hidden_layers):
             path = self.attention_class.donor_layout.attention.format(layer_idx=layer_idx)
             block, _, name = path.rpartition(".")
             setattr(self.get_submodule(block), name, self.attention_class(config, layer_idx))
-        self.post_init()
 
 
 class PlannedHead(GroupedByDefault):
@@ -67,5 +73,8 @@ class PlannedHead(GroupedByDefault):
 
     def __init__(self, config):
         super().__init__(config)
-        setattr(self, self.base_model_prefix, self.model_class(config))
+        self.put_planned_model(config)
         self.post_init()
+
+    def put_planned_model(self, config) -> None:
+        setattr(self, self.base_model_prefix, self.model_class(config))
