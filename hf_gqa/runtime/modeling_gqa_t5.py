@@ -51,7 +51,7 @@ class GQAT5Model(PlannedSeq2SeqModel, T5Model):
     default_attention = DEFAULT_ATTENTION
 
 
-class GQAT5ForConditionalGeneration(PlannedWholeHead, T5ForConditionalGeneration, GenerationMixin):
+class GQAT5ForSeq2SeqLM(PlannedWholeHead, T5ForConditionalGeneration, GenerationMixin):
     config: GQAT5Config
     config_class = GQAT5Config
     model_class = GQAT5Model
