@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
+from ..runtime.attention_sites import ENCODER, AttentionSite
 from ..runtime.layer_plan import LayerPlan
 from .donor import Donor
 from .families import native_class
@@ -25,7 +27,7 @@ class Target:
     Args:
         export: "native" or "bundle".
         reason: why this export, in one sentence.
-        rows: one row per layer.
+        rows: one row for each attention of the donor: without an encoder, per layer.
         same_class: whether the student's class and tensor names are the donor's.
         passed_through: (name, tensor) -> tensor, for tensors outside attention.
     """
@@ -46,10 +48,14 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     Raises:
         Refusal: the plan does not fit the donor's heads or norms, or its `export` cannot be had.
     """
-    for heads in sorted(set(donor.num_key_value_heads)):
-        check_plan(plan, donor.num_attention_heads, heads, donor.name)
+    if plan.convert_encoder and donor.layout.encoder_attention is None:
+        raise Refusal(f"convert_encoder: donor '{donor.name}' has no encoder. Leave --convert-encoder out.")
+    planned = [site for site in donor.sites if plan.convert_encoder or site.kind != ENCODER]
+    present = dict(zip(donor.sites, donor.num_key_value_heads, strict=True))
+    for query_heads, heads in sorted({(site.num_attention_heads, present[site]) for site in planned}):
+        check_plan(plan, query_heads, heads, donor.name)
     _check_scores(donor, plan)
-    rows = plan.rows(donor.config.num_hidden_layers)
+    rows = _rows(donor, plan, present)
     native, obstacle = _native(donor, rows)
     if plan.export == "native" and native is None:
         raise Refusal(f"export = native: {obstacle}. Use --export auto or bundle.")
@@ -57,6 +63,18 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
         return native
     reason = "asked for with export = bundle" if native is not None else obstacle
     return _bundle(donor, rows, reason)
+
+
+def _rows(donor: Donor, plan: ConversionPlan, present: dict[AttentionSite, int]) -> tuple[LayerPlan, ...]:
+    """The plan's rows for each stack of layers; an encoder that is not converted keeps the heads that are `present`."""
+    rows: list[LayerPlan] = []
+    for kind, stack in groupby(donor.sites, lambda site: site.kind):
+        stack = list(stack)
+        if kind == ENCODER and not plan.convert_encoder:
+            rows += [LayerPlan(num_key_value_heads=present[site]) for site in stack]
+        else:
+            rows += plan.rows(len(stack))
+    return tuple(rows)
 
 
 def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
@@ -76,11 +94,14 @@ def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
     layout = donor.family.donor_layout
-    if any(row != rows[0] for row in rows):
+    full = [row.num_key_value_heads for row in rows] == [site.num_attention_heads for site in donor.sites]
+    if layout.cross_attention is not None and not full:
+        return None, f"a native {layout.model_type} has as many KV heads as query heads"
+    if layout.cross_attention is None and any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
     if layout.key_value_heads_field is not None:
         return _of_the_family(donor, rows, f"{layout.model_type} has a number of KV heads of its own"), ""
-    if rows[0].num_key_value_heads == donor.num_attention_heads:
+    if full:
         return _of_the_family(donor, rows, "every query head has a KV head of its own"), ""
     obstacles = [f"a native {layout.model_type} has as many KV heads as query heads"]
     for relative in map(RELATIVES.get, RELATIVES.names()):
@@ -141,10 +162,10 @@ def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
         )
     if getattr(donor.config, "add_cross_attention", False):
         raise Refusal("export: a bundle has no cross-attention (add_cross_attention is set). Use a decoder-only donor.")
-    heads = max(row.num_key_value_heads for row in rows)
-    config = _plain(
-        donor.config, family.config_class, num_key_value_heads=heads, layer_plan=[row.to_dict() for row in rows]
-    )
+    planned = {"layer_plan": [row.to_dict() for row in rows]}
+    if family.donor_layout.cross_attention is None:
+        planned["num_key_value_heads"] = max(row.num_key_value_heads for row in rows)
+    config = _plain(donor.config, family.config_class, **planned)
     return Target(
         export="bundle",
         reason=reason,

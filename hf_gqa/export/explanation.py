@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..convert.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
+from ..convert.cache_bytes import cache_bytes_per_token_beyond_window
+from ..convert.cache_bytes_by_kind import cache_bytes_by_kind
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
 from ..convert.target import Target
 from ..methods import method_kind
+from ..runtime.attention_sites import CROSS, ENCODER, SELF
 
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -22,7 +24,8 @@ class Explanation:
 
     Args:
         before, after: model_type, num_attention_heads, num_key_value_heads, parameters, weight_bytes,
-            cache_bytes_per_token, cache_bytes_per_token_beyond_window, tensor_parallel_sizes.
+            cache_bytes_per_token, cache_bytes_per_token_beyond_window, tensor_parallel_sizes; with an encoder also
+            num_key_value_heads_cross, num_key_value_heads_encoder and cache_bytes_per_encoder_token.
         notes: what the user should know before starting.
     """
 
@@ -62,14 +65,13 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     """Compute before and after from shapes alone."""
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
-    changed = sum(heads) - sum(donor.num_key_value_heads)
-    per_head = 2 * donor.head_dim * (donor.config.hidden_size + _has_key_bias(donor))
+    changed = _changed_parameters(donor, heads)
     after = _side(
         donor,
         target.config.model_type,
         heads,
-        parameters=before["parameters"] + changed * per_head,
-        weight_bytes=before["weight_bytes"] + changed * per_head * stored_dtype(donor).itemsize,
+        parameters=before["parameters"] + changed,
+        weight_bytes=before["weight_bytes"] + changed * stored_dtype(donor).itemsize,
     )
     return Explanation(
         donor=donor.name,
@@ -85,20 +87,39 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
 
 
 def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weight_bytes: int) -> dict:
-    dtype = stored_dtype(donor)
+    dtype, sites, with_encoder = stored_dtype(donor), donor.sites, {}
+    of = {kind: [n for site, n in zip(sites, heads, strict=True) if site.kind == kind] for kind in (SELF, CROSS, ENCODER)}
+    per_token = cache_bytes_by_kind(sites, heads, dtype)
+    beyond_window = per_token[SELF]
+    if of[CROSS]:
+        with_encoder = {
+            "num_key_value_heads_cross": of[CROSS],
+            "num_key_value_heads_encoder": of[ENCODER],
+            "cache_bytes_per_encoder_token": per_token[CROSS],
+        }
+    else:
+        beyond_window = cache_bytes_per_token_beyond_window(donor.config, heads, dtype)
     return {
         "model_type": model_type,
-        "num_hidden_layers": len(heads),
+        "num_hidden_layers": len(of[SELF]),
         "num_attention_heads": donor.num_attention_heads,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": of[SELF],
         "head_dim": donor.head_dim,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameters,
         "weight_bytes": weight_bytes,
-        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, heads, dtype),
-        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, heads, dtype),
-        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, max(heads)),
+        "cache_bytes_per_token": per_token[SELF],
+        "cache_bytes_per_token_beyond_window": beyond_window,
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, max(of[SELF])),
+        **with_encoder,
     }
+
+
+def _changed_parameters(donor: Donor, heads: list[int]) -> int:
+    """How many more than the donor has."""
+    vectors = 2 * donor.config.hidden_size + sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value))
+    rows = zip(donor.sites, heads, donor.num_key_value_heads, strict=True)
+    return sum((after - before) * site.head_dim * vectors for site, after, before in rows)
 
 
 def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) -> list[str]:
@@ -116,18 +137,14 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) ->
     return notes
 
 
-def _key_tensor(donor: Donor, kind: str) -> str:
-    """The end of the name of the tensors that hold the keys' weights or biases."""
-    return f".{donor.layout.fused or donor.layout.key}.{kind}"
-
-
-def _has_key_bias(donor: Donor) -> bool:
-    return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
+def _has_bias(donor: Donor, projection: str) -> bool:
+    ending = f".{donor.layout.fused or projection}.bias"
+    return any(name.endswith(ending) for names in donor.tensors.shards.values() for name in names)
 
 
 def stored_dtype(donor: Donor) -> torch.dtype:
     """Of the keys, which is the cache's."""
-    ending = _key_tensor(donor, "weight")
+    ending = f".{donor.layout.fused or donor.layout.key}.weight"
     return next(
         donor.tensors.dtype(name) for names in donor.tensors.shards.values() for name in names if name.endswith(ending)
     )
