@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..registry import Registry
@@ -38,7 +39,7 @@ class Family:
 
     @property
     def native_config_class(self) -> type[PretrainedConfig]:
-        return type(AutoConfig.for_model(self.model_type))
+        return CONFIG_MAPPING[self.model_type]
 
     @property
     def default_class(self) -> type[PreTrainedModel]:

@@ -22,7 +22,7 @@ def eager_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 class PlannedSeq2SeqAttention:
-    """Mixin before a family's native attention class; the family's `forward` calls the two steps below.
+    """Mixin before a family's native attention class; `forward` is that of BART and its like.
 
     Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), which groups the decoder's self-attention and cross-attention.
     """
@@ -45,6 +45,13 @@ class PlannedSeq2SeqAttention:
         native.planned_head_dim = site.head_dim
         if not hasattr(native, "config"):  # older releases of transformers
             native.config = config
+
+    def forward(
+        self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        """The output `[B, Q, E]`, and the attention weights where there are any."""
+        query, key, value = self.query_key_value(hidden_states, key_value_states, past_key_values)
+        return self.mix(query, key, value, attention_mask, **kwargs)
 
     def query_key_value(self, hidden_states, encoder_states, past_key_values):
         """Project, and keep keys and values; those of the encoder are projected once for each cache.
