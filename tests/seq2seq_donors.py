@@ -65,7 +65,7 @@ def seq2seq_config(model_type: str, **changes):
         **changes,
     }
     config_class = CONFIG_MAPPING[model_type]
-    known = {field.name for field in fields(config_class)}
+    known = {field.name for field in fields(config_class)} | {"decoder_start_token_id"}
     return config_class(**{key: value for key, value in wanted.items() if key in known})
 
 
