@@ -1,6 +1,7 @@
 """What the user asks for."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 from ..methods import HEAD_COUNT_KINDS, METHODS, method_kind
 from ..refusal import Refusal
@@ -16,7 +17,7 @@ class ConversionPlan:
     """What the student shall be; checked when made, exact round trip through JSON.
 
     Args:
-        num_key_value_heads: KV heads of every layer.
+        num_key_value_heads: KV heads of every layer, or of each, from the first.
         method: names of conversion methods, applied in order; a string may hold several, separated by commas.
         sharing: name of the pattern by which layers share.
         export: "native" for the donor's own class, "bundle" for self-contained code, "auto" for native if it can be.
@@ -26,7 +27,7 @@ class ConversionPlan:
         Refusal: an unknown name, or a value out of range.
     """
 
-    num_key_value_heads: int
+    num_key_value_heads: int | tuple[int, ...]
     method: tuple[str, ...] = ("mean_pool",)
     sharing: str = "own"
     export: str = "auto"
@@ -40,9 +41,7 @@ class ConversionPlan:
             )
         method = tuple(name.strip().replace("-", "_") for name in method)
         object.__setattr__(self, "method", method)
-        heads = self.num_key_value_heads
-        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-            raise Refusal(f"num_key_value_heads = {heads!r} is not a positive whole number. Use 1 or more.")
+        self._check_heads()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise Refusal(f"seed = {self.seed!r} is not a whole number from 0. Use 0 or more.")
         if self.export not in EXPORTS:
@@ -56,16 +55,47 @@ class ConversionPlan:
             )
         _check_order(method, changing[0])
 
+    def _check_heads(self) -> None:
+        heads = self.num_key_value_heads
+        if isinstance(heads, list):
+            object.__setattr__(self, "num_key_value_heads", tuple(heads))
+        for each in heads if isinstance(heads, list | tuple) and heads else [heads]:
+            if not isinstance(each, int) or isinstance(each, bool) or each < 1:
+                raise Refusal(f"num_key_value_heads = {each!r} is not a positive whole number. Use 1 or more.")
+        if isinstance(heads, list | tuple) and self.sharing != "own":
+            raise Refusal(
+                f"num_key_value_heads = {list(heads)}: a number for each layer goes with sharing = own, not with "
+                f"{self.sharing}. Give one number for all layers."
+            )
+
     @property
     def head_count_method(self) -> str:
         """The one method that changes the number of KV heads."""
         return next(name for name in self.method if method_kind(name) in HEAD_COUNT_KINDS)
 
+    def heads_of_layers(self, num_hidden_layers: int) -> list[int]:
+        """Raises Refusal unless there is one number, or one for each layer."""
+        heads = self.num_key_value_heads
+        if isinstance(heads, int):
+            return [heads] * num_hidden_layers
+        if len(heads) != num_hidden_layers:
+            raise Refusal(
+                f"num_key_value_heads = {_listed(heads)}: {len(heads)} numbers for num_hidden_layers = "
+                f"{num_hidden_layers}. Give one for all layers, or one for each."
+            )
+        return list(heads)
+
     def rows(self, num_hidden_layers: int) -> tuple[LayerPlan, ...]:
-        return SHARINGS.get(self.sharing)(num_hidden_layers, self.num_key_value_heads)
+        heads = self.heads_of_layers(num_hidden_layers)
+        rows = SHARINGS.get(self.sharing)(num_hidden_layers, max(heads))
+        if isinstance(self.num_key_value_heads, int):
+            return rows
+        return tuple(replace(row, num_key_value_heads=n) for row, n in zip(rows, heads, strict=True))
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"method": list(self.method)}
+        heads = self.num_key_value_heads
+        heads = heads if isinstance(heads, int) else list(heads)
+        return asdict(self) | {"method": list(self.method), "num_key_value_heads": heads}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ConversionPlan":
@@ -117,10 +147,12 @@ def legal_targets(num_attention_heads: int, num_key_value_heads: int) -> tuple[l
     return fewer, more
 
 
-def check_plan(plan: ConversionPlan, num_attention_heads: int, num_key_value_heads: int, where: str) -> None:
-    """Refuse a plan that this donor's heads cannot follow."""
+def check_plan(
+    plan: ConversionPlan, num_attention_heads: int, num_key_value_heads: int, where: str, wanted: int | None = None
+) -> None:
+    """Refuse a plan that a layer of this donor, which shall have `wanted` KV heads, cannot follow."""
     fewer, more = legal_targets(num_attention_heads, num_key_value_heads)
-    wanted = plan.num_key_value_heads
+    wanted = plan.num_key_value_heads if wanted is None else wanted
     if wanted == num_key_value_heads:
         return
     if method_kind(plan.head_count_method) == "expand":
@@ -142,5 +174,5 @@ def check_plan(plan: ConversionPlan, num_attention_heads: int, num_key_value_hea
         )
 
 
-def _listed(numbers: list[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(str(number) for number in numbers)

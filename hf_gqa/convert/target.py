@@ -46,8 +46,9 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     Raises:
         Refusal: the plan does not fit the donor's heads or norms, or its `export` cannot be had.
     """
-    for heads in sorted(set(donor.num_key_value_heads)):
-        check_plan(plan, donor.num_attention_heads, heads, donor.name)
+    heads = plan.heads_of_layers(donor.config.num_hidden_layers)
+    for before, after in sorted(set(zip(donor.num_key_value_heads, heads, strict=True))):
+        check_plan(plan, donor.num_attention_heads, before, donor.name, after)
     _check_scores(donor, plan)
     rows = plan.rows(donor.config.num_hidden_layers)
     native, obstacle = _native(donor, rows)
@@ -61,7 +62,9 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
 
 def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
+    if donor.layout.query_norm is None or donor.num_key_value_heads == plan.heads_of_layers(
+        donor.config.num_hidden_layers
+    ):
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:

@@ -97,7 +97,7 @@ def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weig
         "weight_bytes": weight_bytes,
         "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, heads, dtype),
         "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, heads, dtype),
-        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, max(heads)),
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*heads)),
     }
 
 
