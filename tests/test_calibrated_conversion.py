@@ -1,6 +1,7 @@
 """Methods that look at the donor with text: what is gathered, what is exact, and what is refused."""
 
 import copy
+import errno
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_gqa import ConversionPlan, Refusal, convert, convert_checkpoint
+from hf_gqa.convert import calibration
 from hf_gqa.convert.calibration import Calibration, calibrate
 from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.families import load_family
@@ -210,6 +212,24 @@ def test_saved_calibration_gives_the_same_student(tmp_path):
     plan = {"num_key_value_heads": 2, "method": "group,fold,refit"}
     one, other = (convert(donor, calibration=each, **plan) for each in (read, rows()))
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_failure_leaves_the_calibration_that_was_there(tmp_path, monkeypatch):
+    """The disk is full after the first bytes."""
+    donor, file = tiny_donor("llama"), tmp_path / "calibration.safetensors"
+    made = calibrate(donor_from_model(donor), donor, rows())
+    made.write(file)
+    before = file.read_bytes()
+
+    def fill(tensors, name, metadata):
+        Path(name).write_bytes(before[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(calibration, "save_file", fill)
+    for where in (file, tmp_path / "new" / "calibration.safetensors"):
+        with pytest.raises(OSError, match="No space left"):
+            made.write(where)
+    assert file.read_bytes() == before and [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_without_text_nothing_is_known_of_the_inputs():
