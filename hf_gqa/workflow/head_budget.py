@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from ..convert.cache_bytes import cache_bytes_per_token_computed
@@ -45,6 +44,14 @@ class Allotment:
     budget_bytes: int
     spent_bytes: int
     method: tuple[str, ...]
+
+    @property
+    def plan_fields(self) -> dict:
+        """Of a `ConversionPlan`: one number where all layers have the same, else rows."""
+        heads = self.num_key_value_heads
+        if len(set(heads)) == 1:
+            return {"num_key_value_heads": heads[0]}
+        return {"layer_plan": tuple({"num_key_value_heads": n} for n in heads)}
 
     def to_dict(self) -> dict:
         listed = {"num_key_value_heads": list(self.num_key_value_heads), "method": list(self.method)}
@@ -112,9 +119,7 @@ def layer_damages(
             damage = {heads.num_key_value_heads: 0.0}
             for count in counts[:-1]:
                 statistics = calibration.statistics[layer_idx]
-                put_heads(
-                    donor.layout, attention, converted_layer(donor, plan, heads, layer_idx, count, statistics)
-                )
+                put_heads(donor.layout, attention, converted_layer(donor, plan, heads, layer_idx, count, statistics))
                 damage[count] = float(score(model, changed, windows, batch_size=8).kl_N.mean())
             put_heads(donor.layout, attention, heads)
             damages.append(damage)
