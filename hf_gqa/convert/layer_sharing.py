@@ -1,5 +1,6 @@
 """What layer sharing changes in a conversion: tensors that borrowers no longer have, and what their lenders start from."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -34,6 +35,17 @@ def tied_parameters(target: Target) -> dict[str, str]:
         return {}
     with torch.device("meta"):
         return target.model_class(target.config).base_model.tied_layers
+
+
+def removed_parameters(target: Target) -> int:
+    """Numbers that the student has fewer than one whose layers, with the same KV heads, own all."""
+    if not any(row.borrows for row in target.rows):
+        return 0
+    alone = copy.deepcopy(target.config)
+    alone.layer_plan = [{"num_key_value_heads": row.num_key_value_heads} for row in target.rows]
+    with torch.device("meta"):
+        owning, student = target.model_class(alone), target.model_class(target.config)
+    return sum(p.numel() for p in owning.parameters()) - sum(p.numel() for p in student.parameters())
 
 
 def borrowers(rows: Rows, layer_idx: int, column: str) -> list[int]:
