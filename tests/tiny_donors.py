@@ -13,7 +13,15 @@ MODEL_TYPES = FAMILIES.names()
 NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
+ENCODERS = [name for name in MODEL_TYPES if load_family(name).donor_layout.bidirectional]
+DECODERS = [name for name in MODEL_TYPES if name not in ENCODERS]
 SPECIAL = {
+    "modernbert": {
+        "local_attention": 12,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
     "mistral": {"sliding_window": 6},
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},

@@ -42,9 +42,12 @@ class PlannedAttention:
         layout = self.donor_layout
         heads = LayerPlan.from_dict(config.layer_plan[layer_idx]).num_key_value_heads
         self.num_key_value_groups = config.num_attention_heads // heads
-        has_bias = getattr(self, layout.fused or layout.key).bias is not None
-        if layout.fused is not None:
-            delattr(self, layout.fused)
+        native = [layout.fused] if layout.fused else [layout.query, layout.key, layout.value]
+        native = [name.rpartition(".")[2] for name in native]
+        has_bias = getattr(self, native[-1]).bias is not None
+        if native[0] != "q_proj":
+            for name in native:
+                delattr(self, name)
             self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias)
         self.k_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
         self.v_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
@@ -77,4 +80,4 @@ class PlannedAttention:
             **kwargs,
         )
         mixed = mixed.reshape(*input_shape, -1).contiguous()
-        return getattr(self, self.donor_layout.output)(mixed), weights
+        return (mixed if self.donor_layout.inner else getattr(self, self.donor_layout.output)(mixed)), weights

@@ -55,7 +55,8 @@ class PlannedModel(GroupedByDefault):
     def __init__(self, config, **options):
         super().__init__(config, **options)
         for layer_idx in range(config.num_hidden_layers):
-            path = self.attention_class.donor_layout.attention.format(layer_idx=layer_idx)
+            layout = self.attention_class.donor_layout
+            path = layout.attention.format(layer_idx=layer_idx) + (f".{layout.inner}" if layout.inner else "")
             block, _, name = path.rpartition(".")
             setattr(self.get_submodule(block), name, self.attention_class(config, layer_idx))
         self.post_init()
