@@ -20,7 +20,7 @@ Rows = tuple[LayerPlan, ...]
 def borrowed_pattern(rows: Rows, layout: AttentionLayout, base_model_prefix: str) -> re.Pattern:
     """Matches the beginning of the names of tensors that layers have no longer, because they borrow what they computed."""
     gone = [
-        re.escape(f"{layout.attention.format(layer_idx=layer_idx)}.{module}.")
+        re.escape(f"{layout.mixing_module(layer_idx)}.{module}.")
         for layer_idx, row in enumerate(rows)
         for module in borrowed_modules(row, layout)
     ]

@@ -45,6 +45,10 @@ class AttentionLayout:
     bidirectional: bool = False
     position: str
 
+    def mixing_module(self, layer_idx: int) -> str:
+        """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
+        return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
+
     def unfused(self, model_type: str) -> "AttentionLayout":
         """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
         below = f"{self.inner}." if self.inner else ""

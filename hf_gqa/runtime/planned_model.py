@@ -72,8 +72,7 @@ class PlannedModel(GroupedByDefault):
         super().__init__(config, **options)
         planned, layout = [], self.attention_class.donor_layout
         for layer_idx, row in enumerate(read_rows(config)):
-            path = layout.attention.format(layer_idx=layer_idx) + (f".{layout.inner}" if layout.inner else "")
-            block, _, name = path.rpartition(".")
+            block, _, name = layout.mixing_module(layer_idx).rpartition(".")
             planned.append(self.attention_class(config, layer_idx))
             if row.query_from is not None:  # GPT-2 may scale scores by the depth of the layer that computes them
                 planned[layer_idx].scaling = planned[row.query_from].scaling
