@@ -108,7 +108,7 @@ class LayerRun:
             Refusal: the attention adds or multiplies something that is not known here.
         """
         args, kwargs = self.arguments[number][layer_idx]
-        attention = self._attention(self.base.get_submodule(f"{self.layers_path}.{layer_idx}"), layer_idx)
+        attention = self.base.get_submodule(self.layout.mixing_module(layer_idx))
         turn_BLP = None if rotation is None else _turns_of(attention, kwargs, rotation)
         mask_BHLS = _mask_of(attention, [*args, kwargs.get("attention_mask")], self.embedded[number])
         return {

@@ -76,10 +76,9 @@ class PlannedModel(GroupedByDefault):
 
     def __init__(self, config, **options):
         super().__init__(config, **options)
-        planned = []
+        planned, layout = [], self.attention_class.donor_layout
         for layer_idx, row in enumerate(read_rows(config)):
-            path = self.attention_class.donor_layout.attention.format(layer_idx=layer_idx)
-            block, _, name = path.rpartition(".")
+            block, _, name = layout.mixing_module(layer_idx).rpartition(".")
             planned.append(self.attention_class(config, layer_idx))
             if row.query_from is not None:  # GPT-2 may scale scores by the depth of the layer that computes them
                 planned[layer_idx].scaling = planned[row.query_from].scaling
