@@ -103,9 +103,7 @@ def _cheapest_in_chain(layers: list[int], costs: PairCosts, saved: Sequence[int]
 
 
 def _with_borrower(choice: Choice, layer: int, owner: int, cost: float, saved: Sequence[int]) -> Choice:
-    return Choice(
-        owners={**choice.owners, layer: owner}, saved=choice.saved + saved[layer], cost=choice.cost + cost
-    )
+    return Choice(owners={**choice.owners, layer: owner}, saved=choice.saved + saved[layer], cost=choice.cost + cost)
 
 
 def _both(one: Choice, other: Choice) -> Choice:
