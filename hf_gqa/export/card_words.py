@@ -3,8 +3,8 @@
 import yaml
 
 from ..evaluate.report import Report
-from ..human_units import human_count
-from .card_tables import confidence, heads_in_words
+from ..evaluate.verdict import confidence
+from ..human_units import heads_in_words, human_count
 from .licence import Licence
 from .markdown import block, code, plain
 
