@@ -18,7 +18,7 @@ def _kinds(rows: Sequence[LayerPlan]) -> list[tuple[list[int], str]]:
 
     return [
         (
-            having(lambda row: row.query_from is not None and row.value_from is None),
+            having(lambda row: row.query_from is not None),
             "reuse the attention matrix of an earlier layer: no query and key projections, no cached keys, and no keys read "
             "while decoding; values are cached and read as before.",
         ),
@@ -30,10 +30,6 @@ def _kinds(rows: Sequence[LayerPlan]) -> list[tuple[list[int], str]]:
         (
             having(lambda row: row.query_from is None and (row.key_from is None) != (row.value_from is None)),
             "borrow either keys or values of an earlier layer, and cache the other.",
-        ),
-        (
-            having(lambda row: row.query_from is not None and row.value_from is not None),
-            "reuse the whole attention of an earlier layer before the output projection, and cache nothing.",
         ),
         (
             having(lambda row: row.parameters_from is not None),

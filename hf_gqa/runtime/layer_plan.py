@@ -127,6 +127,11 @@ def _check_together(rows: tuple[LayerPlan, ...], layer_idx: int) -> None:
             f"{where}: query_from = {row.query_from} with key_from = {row.key_from}: borrowed queries fit the keys of "
             f"their own layer only. Set key_from to {row.query_from}."
         )
+    if row.query_from is not None and row.value_from is not None:
+        raise ValueError(
+            f"{where}: query_from, key_from and value_from are all borrowed, so that nothing reads what enters the layer's "
+            f"attention. Let it own its values."
+        )
     if row.parameters_from is None:
         if row.tied is not None:
             raise ValueError(
