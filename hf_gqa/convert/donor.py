@@ -13,13 +13,12 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
-from .families import Family, family_of
+from .families import Family, family_of, native_class
 
 
 CARRIED_FILES = (
@@ -30,7 +29,7 @@ CARRIED_FILES = (
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
 )  # fmt: skip
-REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.masked_bias$"
+REBUILT_BUFFERS = r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn\.masked_bias$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +147,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
     if empty:
         raise Refusal(f"{where}: '{empty[0]}' is on the meta device and has no values. Load the model first.")
     native = getattr(transformers, type(model).__name__, None)
-    if type(model) not in (native, family.base_class, family.causal_lm_class):
+    if type(model) not in (native, *family.own_classes.values()):
         raise Refusal(
             f"{where}: {type(model).__name__} is not a class of transformers or of hf_gqa; its code may compute something "
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
@@ -218,9 +217,9 @@ def _parse_config(raw: dict, path: Path) -> PretrainedConfig:
 
 def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path) -> type[PreTrainedModel]:
     """The class that `architectures` names, native or ours; a donor that ships code may name what it likes."""
-    own = {model_class.__name__: model_class for model_class in (family.base_class, family.causal_lm_class)}
+    own = {model_class.__name__: model_class for model_class in family.own_classes.values()}
     is_native = config.model_type == family.model_type
-    default = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_native else family.causal_lm_class
+    default = native_class(family.default_class) if is_native else family.default_class
     named = raw.get("architectures") or [default.__name__]
     name = named[0] if isinstance(named, list) and isinstance(named[0], str) else ""
     found = own.get(name) or getattr(transformers, name, None)
@@ -237,6 +236,11 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
 def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
     where = str(folder or name)
     layout = family.layout_of(config.model_type)
+    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise Refusal(
+            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
+            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
+        )
     for heads in set(_key_value_heads(config, layout)):
         if heads < 1 or config.num_attention_heads % heads:
             raise Refusal(

@@ -22,7 +22,7 @@ Rows = tuple[LayerPlan, ...]
 def borrowed_pattern(rows: Rows, layout: AttentionLayout) -> re.Pattern:
     """Matches names, below the base model, of tensors of what layers borrow instead of computing it."""
     gone = [
-        re.escape(f"{layout.attention.format(layer_idx=layer_idx)}.{module}.")
+        re.escape(f"{layout.mixing_module(layer_idx)}.{module}.")
         for layer_idx, row in enumerate(rows)
         for module in borrowed_modules(row, layout)
     ]
