@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -43,6 +45,8 @@ class Analysis:
     """
 
     def __init__(self, donor: str | Path | Donor, recipe: AnalysisRecipe | None = None, **recipe_fields):
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         self.recipe = recipe if recipe is not None else AnalysisRecipe.from_dict(recipe_fields)
         self.donor: Donor = donor if isinstance(donor, Donor) else open_donor(donor)
         check_donor(self.donor)
@@ -125,6 +129,7 @@ class Analysis:
             format=FORMAT,
             donor=self.donor.name,
             donor_fingerprint=fingerprint(self.donor),
+            sharing=self.recipe.sharing,
             recipe=self.recipe.to_dict(),
             text_sha256=hashlib.sha256(self.tokens_NT.to(torch.int32).numpy().tobytes()).hexdigest(),
             tokens_to_choose=self.to_choose_NT.numel(),

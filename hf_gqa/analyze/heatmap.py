@@ -32,9 +32,7 @@ def draw_heatmap(result: AnalysisResult) -> str:
         for pair in result.pairs:
             cost_LL[pair.borrower, pair.owner] = max(pair.kl, 1e-9)
         _draw(costs, cost_LL, "{:.2g}", cmap="magma_r", norm=LogNorm())
-        costs.set_title(
-            f"KL to the donor when one layer borrows ({result.recipe.get('sharing', 'echo')}), nats per token"
-        )
+        costs.set_title(f"KL to the donor, {result.sharing} of one pair")
         costs.set_ylabel("borrower")
         costs.set_xlabel("owner")
         figure.suptitle(f"{result.donor}: {len(result.kinds)} layers", x=0.01, ha="left", fontsize=11)
@@ -45,7 +43,9 @@ def draw_heatmap(result: AnalysisResult) -> str:
 def _draw(axes, values_LL: np.ndarray, words: str, **colors) -> None:
     """Rows and columns are layers; the colour bar beside it, and the numbers where they can be read."""
     image = axes.imshow(values_LL, **colors)
-    axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.ax.yaxis.set_major_formatter("{x:.3g}")
+    bar.ax.yaxis.set_minor_formatter("{x:.3g}")
     layers = len(values_LL)
     every = max(1, layers // MOST_NUMBERED_LAYERS)
     axes.set_xticks(range(0, layers, every))

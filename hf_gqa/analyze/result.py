@@ -55,6 +55,7 @@ class AnalysisResult:
     format: str
     donor: str
     donor_fingerprint: str
+    sharing: str
     recipe: dict
     text_sha256: str
     tokens_to_choose: int

@@ -1,5 +1,6 @@
 """hf-gqa analyze: how alike layers attend, what it costs when they borrow, and the plan for a budget."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -8,7 +9,7 @@ from rich.table import Table
 from ..analyze import Analysis, AnalysisRecipe, AnalysisResult
 from ..analyze.borrowing import BORROWED
 from ..analyze.recipe import DTYPES
-from ..analyze.result import PLAN_FILE
+from ..analyze.result import PLAN_FILE, Chosen
 from ..analyze.write_analysis import check_analysis_folder, write_analysis
 from ..convert.donor import open_donor
 from ..human_units import human_bytes, human_count
@@ -103,15 +104,15 @@ def duration(seconds: float) -> str:
 def print_result(result: AnalysisResult) -> None:
     table = Table(
         *("borrow", "chooser", "layers", "KL", "summed KL", "loss", "same top token", "cache per token", "parameters"),
-        title=f"{result.donor}, {result.recipe.get('sharing', 'echo')}, on {result.tokens_to_check:,} other tokens",
+        title=f"{result.donor}, {result.sharing}, on {result.tokens_to_check:,} other tokens",
         title_justify="left",
     )
     cache, parameters = human_bytes(result.donor_cache_bytes_per_token), human_count(result.donor_parameters)
     table.add_row("0", "donor", "", "0", "", f"{result.donor_loss:.3f}", "100.0%", cache, parameters)
-    for chosen in result.choices:
+    for chosen, choosers in merged(result.choices):
         table.add_row(
             str(len(chosen.owners)),
-            chosen.chooser,
+            ", ".join(choosers),
             ", ".join(f"{borrower}<{owner}" for borrower, owner in chosen.owners),
             f"{chosen.kl:.3g}",
             "" if chosen.summed_kl is None else f"{chosen.summed_kl:.3g}",
@@ -126,6 +127,14 @@ def print_result(result: AnalysisResult) -> None:
     out.print(f"EchoAtt keeps {', '.join(map(str, result.kept)) or 'no layer'} untouched. {verdict(result)}")
     for note in result.notes:
         out.print(f"note: {note}")
+
+
+def merged(choices: Sequence[Chosen]) -> list[tuple[Chosen, list[str]]]:
+    """(choice, everyone who chose it), fewest borrowers first."""
+    by_owners: dict[tuple, tuple[Chosen, list[str]]] = {}
+    for chosen in choices:
+        by_owners.setdefault(chosen.owners, (chosen, []))[1].append(chosen.chooser)
+    return sorted(by_owners.values(), key=lambda pair: len(pair[0].owners))
 
 
 def verdict(result: AnalysisResult) -> str:
