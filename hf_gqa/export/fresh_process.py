@@ -50,9 +50,9 @@ def main(
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),
         "mismatched_keys": sorted(str(key) for key in loading["mismatched_keys"]),
-        "num_key_value_heads": heads_in_weights(model, key_weights)
+        "heads": heads_in_weights(model, key_weights)
         if cache is None
-        else [layer.keys.shape[1] for layer in cache.layers],
+        else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
         "finite": bool(torch.isfinite(first).all()),
         "generated_tokens": generated,
     }
@@ -70,6 +70,11 @@ def heads_in_weights(model, key_weights: list[str]) -> list[int]:
 def body(model):
     """What is compared: the whole of a language model, the model below any other head."""
     return model if model.can_generate() else model.base_model
+
+
+def cached_heads(kept: torch.Tensor | None) -> int:
+    """Heads of a cache's keys or values; a layer that borrows has none, or some without numbers."""
+    return 0 if kept is None or not kept.shape[-1] else kept.shape[1]
 
 
 def probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
