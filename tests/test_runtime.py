@@ -77,7 +77,8 @@ def test_row_round_trip_and_refusals():
         with pytest.raises(ValueError) as refused:
             LayerPlan.from_dict(wrong)
         assert str(refused.value) == (
-            f"layer_plan: a row has the keys ['num_key_value_heads'], got {got}. Convert the donor again."
+            f"layer_plan: a row has the key num_key_value_heads and may have key_from, parameters_from, query_from, tied, "
+            f"value_from; got {got}. Convert the donor again."
         )
 
 
@@ -142,7 +143,8 @@ def test_gpt2_configuration_without_kv_heads_has_all_of_them():
         ),
         (
             {"layer_plan": [{"heads": 2}, {"heads": 1}]},
-            "layer_plan: a row has the keys ['num_key_value_heads'], got ['heads']. Convert the donor again.",
+            "layer_plan: a row has the key num_key_value_heads and may have key_from, parameters_from, query_from, tied, "
+            "value_from; got ['heads']. Convert the donor again.",
         ),
     ],
     ids=["count", "rows", "divide", "keys"],

@@ -5,11 +5,19 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..convert.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
+from ..convert.cache_bytes import (
+    Heads,
+    cache_bytes_per_token_beyond_window,
+    cache_bytes_per_token_computed,
+    cached_heads,
+    cached_heads_of,
+)
 from ..convert.donor import Donor
+from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
 from ..convert.target import Target
 from ..methods import method_kind
+from .sharing_words import sharing_notes
 
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -53,6 +61,7 @@ def facts(donor: Donor) -> dict:
         donor,
         donor.config.model_type,
         donor.num_key_value_heads,
+        cached_heads(donor.config),
         parameters=sum(math.prod(tensors.shape(name)) for name in kept),
         weight_bytes=sum(tensors.size_bytes(name) for name in kept),
     )
@@ -64,12 +73,14 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     heads = [row.num_key_value_heads for row in target.rows]
     changed = sum(heads) - sum(donor.num_key_value_heads)
     per_head = 2 * donor.head_dim * (donor.config.hidden_size + _has_key_bias(donor))
+    more = changed * per_head - removed_parameters(target)
     after = _side(
         donor,
         target.config.model_type,
         heads,
-        parameters=before["parameters"] + changed * per_head,
-        weight_bytes=before["weight_bytes"] + changed * per_head * stored_dtype(donor).itemsize,
+        cached_heads_of(target.rows),
+        parameters=before["parameters"] + more,
+        weight_bytes=before["weight_bytes"] + more * stored_dtype(donor).itemsize,
     )
     return Explanation(
         donor=donor.name,
@@ -80,11 +91,11 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
         before=before,
         after=after,
         files=list(donor.tensors.shards),
-        notes=_notes(donor, plan, heads, after),
+        notes=[*_notes(donor, plan, heads, after), *sharing_notes(target.rows)],
     )
 
 
-def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weight_bytes: int) -> dict:
+def _side(donor: Donor, model_type: str, heads: list[int], cached: Heads, parameters: int, weight_bytes: int) -> dict:
     dtype = stored_dtype(donor)
     return {
         "model_type": model_type,
@@ -95,8 +106,8 @@ def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weig
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameters,
         "weight_bytes": weight_bytes,
-        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, heads, dtype),
-        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, heads, dtype),
+        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, cached, dtype),
+        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, cached, dtype),
         "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*heads)),
     }
 

@@ -46,7 +46,7 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),
         "mismatched_keys": sorted(str(key) for key in loading["mismatched_keys"]),
-        "num_key_value_heads": [layer.keys.shape[1] for layer in cache.layers],
+        "cached_heads": [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
         "finite": bool(torch.isfinite(first).all()),
         "generated_tokens": generated,
     }
@@ -55,6 +55,11 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
 def body(model):
     """What is compared: the whole of a language model, the model below any other head."""
     return model if model.can_generate() else model.base_model
+
+
+def cached_heads(kept: torch.Tensor | None) -> int:
+    """Heads of a cache's keys or values; a layer that borrows has none, or some without numbers."""
+    return 0 if kept is None or not kept.shape[-1] else kept.shape[1]
 
 
 def probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

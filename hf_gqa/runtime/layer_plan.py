@@ -35,6 +35,10 @@ class LayerPlan:
     def borrows_states(self) -> bool:
         return any(getattr(self, column) is not None for column in STATES)
 
+    @property
+    def borrows(self) -> bool:
+        return self.borrows_states or self.parameters_from is not None
+
     def to_dict(self) -> dict[str, int | str]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
