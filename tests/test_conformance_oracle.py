@@ -24,7 +24,7 @@ from .test_conformance import (
     has_native_gqa,
     logits_of,
 )
-from .tiny_donors import tiny_donor, tokens_and_mask
+from .tiny_donors import NUM_ATTENTION_HEADS, tiny_donor, tokens_and_mask, use_attention
 
 
 HEAD_COUNTS = [(4, 2), (4, 1), (2, 1)]
@@ -54,7 +54,7 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
     """
     views = {}
     for name, tensor in tensors.items():
-        match = re.search(r"\.(\d+)\.(?:attn|self_attn)\.(c_attn|k_proj|v_proj)\.(weight|bias)$", name)
+        match = re.search(r"\.(\d+)\.(?:attn|self_attn)\.(c_attn|qkv_proj|k_proj|v_proj)\.(weight|bias)$", name)
         if match is None:
             continue
         layer_idx, projection, kind = int(match[1]), match[2], match[3]
@@ -62,6 +62,9 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
             rows = tensor.detach().movedim(-1, 0)
             _, key, value = rows.split(len(rows) // 3)
             parts = {"key": key, "value": value}
+        elif projection == "qkv_proj":  # Phi-3's, all query heads first
+            query_rows = NUM_ATTENTION_HEADS * head_dim
+            parts = dict(zip(("key", "value"), tensor.detach()[query_rows:].chunk(2), strict=True))
         else:
             parts = {"key" if projection == "k_proj" else "value": tensor.detach()}
         for part, rows in parts.items():
@@ -69,12 +72,14 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
     return views
 
 
+def head_dim(model: PreTrainedModel) -> int:
+    return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+
+
 def model_key_value_views(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    views = key_value_views(dict(model.named_parameters()), head_dim)
+    views = key_value_views(dict(model.named_parameters()), head_dim(model))
     assert {(layer, part) for layer, part, _ in views} == {
-        (layer, part) for layer in range(config.num_hidden_layers) for part in ("key", "value")
+        (layer, part) for layer in range(model.config.num_hidden_layers) for part in ("key", "value")
     }, "a family with other native names: extend key_value_views"
     return views
 
@@ -104,8 +109,8 @@ def assert_same_logits(student: PreTrainedModel, oracle: PreTrainedModel) -> Non
     """With every attention implementation, with and without padding; what a padding token computes is undefined."""
     real = tokens_and_mask()[1].bool()
     for attention in ATTENTIONS:
-        student.set_attn_implementation(attention)
-        oracle.set_attn_implementation(attention)
+        use_attention(student, attention)
+        use_attention(oracle, attention)
         assert_close_for_float32(logits_of(student), logits_of(oracle))
         assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(oracle, padded=True)[real])
 

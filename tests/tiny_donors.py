@@ -5,6 +5,7 @@ from dataclasses import fields
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_gqa import use_grouped_attention
 from hf_gqa.convert.families import FAMILIES
 
 
@@ -14,6 +15,15 @@ NUM_LAYERS = 2
 VOCAB_SIZE = 99
 SPECIAL = {
     "mistral": {"sliding_window": 6},
+    "starcoder2": {"sliding_window": 6},
+    "phi": {"qk_layernorm": True},
+    "phi3": {"sliding_window": 6},
+    "gemma2": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 2.0,
+    },
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
 }
@@ -52,6 +62,14 @@ def tiny_donor(
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in name or ".ln_" in name else 0.25 * noise)
     return donor
+
+
+def use_attention(model: PreTrainedModel, attention: str) -> None:
+    """Where the class has no `sdpa`, our own function takes its place."""
+    if attention == "sdpa" and not model._supports_sdpa:
+        use_grouped_attention(model)
+    else:
+        model.set_attn_implementation(attention)
 
 
 def tokens_and_mask(batch: int = 2, length: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Open a donor: a folder, a repository on the Hub, or a model in memory; refuse what we would have to guess about."""
 
+import copy
 import json
 import os
 import re
@@ -66,6 +67,12 @@ class Donor:
     def num_key_value_heads(self) -> list[int]:
         """Of each layer."""
         return _key_value_heads(self.config, self.layout)
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether queries and keys are normed between projection and score."""
+        switch = self.layout.norm_switch
+        return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
     def head_dim(self) -> int:
@@ -244,8 +251,12 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
                 f"of this configuration can run. Correct config.json."
             )
     try:
+        plain = copy.deepcopy(config)
+        plain._attn_implementation = (
+            "eager"  # a loaded model may have been given one that its class does not start with
+        )
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(plain)
     except Exception as error:  # whatever the native class raises on values it cannot take
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."

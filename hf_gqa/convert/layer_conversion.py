@@ -39,7 +39,7 @@ def converted_layer(
             seed=plan.seed,
             initializer_range=donor.config.initializer_range,
             rotary=donor.layout.rotary,
-            head_norms=donor.layout.query_norm is not None,
+            head_norms=donor.has_head_norms,
             statistics=statistics,
             before=before,
             text=text,

@@ -61,7 +61,7 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
 
 def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
+    if not donor.has_head_norms or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:

@@ -14,9 +14,15 @@ class AttentionLayout:
         fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
             `key` and `value` are not names of tensors on disk.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
-        query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
-        output_normed: whether a norm stands between the attention's output and the residual stream.
-        rotary: how rotary pairs lie in head_dim: "halves" (i with i + D/2), or None for no rotary embedding.
+        query_norm, key_norm: names of the norms on queries and on keys, or None.
+        norm_switch: the configuration field that says whether there are such norms; None: there always are.
+        norm_weights: what a norm goes over, and has weights for: "shared", over head_dim with one weight for all
+            heads; "per_head", over head_dim with a weight `[heads, D]`; "joint", over all heads' numbers together
+            with a weight `[heads * D]`.
+        norm_list: name below a norm of the list that holds the norm of each head, or None for one tensor of them all.
+        output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
+        rotary: how rotary pairs lie in the part of head_dim that rotates, R of its dimensions: "halves" (i with i + R/2),
+            "interleaved" (2i with 2i + 1), or None for no rotary embedding.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
         position: the position scheme in words, for people.
@@ -32,6 +38,9 @@ class AttentionLayout:
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_switch: str | None = None
+    norm_weights: str = "shared"
+    norm_list: str | None = None
     output_normed: bool = False
     rotary: str | None = None
     key_value_heads_field: str | None = "num_key_value_heads"

@@ -11,7 +11,7 @@ from .attention_layout import AttentionLayout
 from .layer_plan import LayerPlan
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
     """Attention in the open: the slow reference, and the path that can return its weights `[B, H, Q, S]`."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -20,6 +20,8 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
             weights = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
     else:
         weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:  # Gemma 2
+        weights = torch.tanh(weights / softcap) * softcap
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
@@ -55,9 +57,9 @@ class PlannedAttention:
         query = self.q_proj(hidden_states).view(head_shape)
         key = self.k_proj(hidden_states).view(head_shape)
         value = self.v_proj(hidden_states).view(head_shape)
-        if self.donor_layout.query_norm is not None:
-            query = getattr(self, self.donor_layout.query_norm)(query)
-            key = getattr(self, self.donor_layout.key_norm)(key)
+        if hasattr(self, self.donor_layout.key_norm or ""):
+            query = self.normed(getattr(self, self.donor_layout.query_norm), query)
+            key = self.normed(getattr(self, self.donor_layout.key_norm), key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, Q, D]
         if self.rotate is not None:
             query, key = self.rotate(query, key, *position_embeddings)
@@ -74,7 +76,14 @@ class PlannedAttention:
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=getattr(self, "sliding_window", None),
+            softcap=getattr(self, "attn_logit_softcapping", None),
             **kwargs,
         )
         mixed = mixed.reshape(*input_shape, -1).contiguous()
         return getattr(self, self.donor_layout.output)(mixed), weights
+
+    def normed(self, norm, states):
+        """`[B, Q, heads, D]` through the norm on queries or keys."""
+        if self.donor_layout.norm_weights == "joint":
+            return norm(states.flatten(2)).view(states.shape)
+        return norm(states)

@@ -43,7 +43,9 @@ class GroupedByDefault:
     default_attention: str
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(requested_attention or self.default_attention, is_init_check)
+        if requested_attention in (None, self.default_attention):  # also where the native class has no sdpa
+            return self.default_attention
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class PlannedModel(GroupedByDefault):
