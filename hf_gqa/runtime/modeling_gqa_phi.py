@@ -1,4 +1,4 @@
-"""Phi with the KV heads its plan gives each layer; biases, rotation of a part of each head, query and key norms by a flag."""
+"""Phi with the KV heads its plan gives each layer; rotation of a part of each head, query and key norms by a flag."""
 
 import torch
 from huggingface_hub.dataclasses import strict

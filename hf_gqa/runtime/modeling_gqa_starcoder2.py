@@ -1,7 +1,7 @@
-"""StarCoder 2 with the KV heads its plan gives each layer; biases, one sliding window, dropout on what attention puts out."""
+"""StarCoder 2 with the KV heads its plan gives each layer; biases, one sliding window, dropout after attention."""
 
-from torch.nn.functional import dropout
 from huggingface_hub.dataclasses import strict
+from torch.nn.functional import dropout
 from transformers import Starcoder2Config, Starcoder2ForCausalLM, Starcoder2Model
 from transformers.generation import GenerationMixin
 from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2Attention, apply_rotary_pos_emb
