@@ -21,8 +21,9 @@ class AttentionLayout:
             with a weight `[heads * D]`.
         norm_list: name below a norm of the list that holds the norm of each head, or None for one tensor of them all.
         output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
-        rotary: how rotary pairs lie in the part of head_dim that rotates, R of its dimensions: "halves" (i with i + R/2),
-            "interleaved" (2i with 2i + 1), or None for no rotary embedding.
+        rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
+            (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
+        unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
         position: the position scheme in words, for people.
@@ -43,6 +44,7 @@ class AttentionLayout:
     norm_list: str | None = None
     output_normed: bool = False
     rotary: str | None = None
+    unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
     position: str
 
