@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.layer_plan import LayerPlan
+from ..runtime.layer_plan import LayerPlan, check_rows
 from .donor import Donor
 from .families import native_class
 from .plan import ConversionPlan, check_plan
@@ -46,10 +46,8 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     Raises:
         Refusal: the plan does not fit the donor's heads or norms, or its `export` cannot be had.
     """
-    for heads in sorted(set(donor.num_key_value_heads)):
-        check_plan(plan, donor.num_attention_heads, heads, donor.name)
-    _check_scores(donor, plan)
-    rows = plan.rows(donor.config.num_hidden_layers)
+    rows = _checked_rows(donor, plan)
+    _check_scores(donor, plan, rows)
     native, obstacle = _native(donor, rows)
     if plan.export == "native" and native is None:
         raise Refusal(f"export = native: {obstacle}. Use --export auto or bundle.")
@@ -59,9 +57,45 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     return _bundle(donor, rows, reason)
 
 
-def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
+def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
+    """The plan's table, when it fits the donor's heads and layers."""
+    sharing = [n for n, row in enumerate(getattr(donor.config, "layer_plan", None) or []) if len(row) > 1]
+    if sharing:
+        raise Refusal(
+            f"'{donor.name}': its layer {sharing[0]} borrows from another, and a student cannot be converted further. "
+            f"Convert its donor, with a plan that says all of it."
+        )
+    types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
+    rows = plan.rows(donor.num_key_value_heads, types)
+    pairs = zip(donor.num_key_value_heads, (row.num_key_value_heads for row in rows), strict=False)
+    for heads, wanted in dict.fromkeys(pairs):
+        check_plan(plan, donor.num_attention_heads, heads, donor.name, wanted)
+    try:
+        check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    _check_shared_init(plan, rows)
+    observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
+    if observing and any(row.borrows_states for row in rows):
+        raise Refusal(
+            f"method = {','.join(plan.method)}: '{observing[0]}' fits one layer after the other, and here layers share. "
+            f"Leave it out."
+        )
+    return rows
+
+
+def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
+    lent = any(row.query_from is None and (row.key_from, row.value_from) != (None, None) for row in rows)
+    if plan.shared_init != "own" and not lent:
+        raise Refusal(
+            f"shared_init = {plan.shared_init}: is about keys and values that a layer lends to layers with queries of their "
+            f"own, and there are none. Use shared_init = own."
+        )
+
+
+def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if not donor.has_head_norms or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
+    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:
@@ -76,6 +110,8 @@ def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
     layout = donor.family.donor_layout
+    if any(row != LayerPlan(num_key_value_heads=row.num_key_value_heads) for row in rows):
+        return None, f"in a native {layout.model_type} every layer owns its queries, keys, values and weights"
     if any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
     if layout.key_value_heads_field is not None:

@@ -2,9 +2,11 @@
 
 import sys
 
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 
-from .layer_plan import LayerPlan, check_rows, uniform_rows
+from .layer_plan import check_rows, read_rows, uniform_rows
+from .planned_attention import SharedStates, check_checkpointing
 
 
 class PlannedConfig:
@@ -28,14 +30,23 @@ class PlannedConfig:
             self.auto_map = {auto_class: f"{file}.{ours.__name__}" for auto_class, ours in classes.items()}
 
     def validate_layer_plan(self):
-        rows = tuple(LayerPlan.from_dict(row) for row in self.layer_plan)
-        check_rows(rows, self.num_hidden_layers, self.num_attention_heads)
+        rows = read_rows(self)
+        check_rows(rows, self.num_hidden_layers, self.num_attention_heads, getattr(self, "layer_types", None))
         most = max(row.num_key_value_heads for row in rows)
         if self.num_key_value_heads != most:
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} is not the largest count in layer_plan, {most}. "
                 f"The rows decide: set num_key_value_heads to {most}, or convert the donor again."
             )
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """What transformers' caches ask: "reuse" for a layer that caches nothing."""
+        if self.layer_plan is None:
+            return None
+        rows = read_rows(self)
+        modes = ["reuse" if row.key_from is not None and row.value_from is not None else None for row in rows]
+        return modes if any(modes) else None
 
 
 class GroupedByDefault:
@@ -48,6 +59,11 @@ class GroupedByDefault:
             return self.default_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if enable and any(row.borrows_states for row in read_rows(self.config)):
+            check_checkpointing(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
 
 class PlannedModel(GroupedByDefault):
     """Mixin before a family's native base model: keeps its blocks, replaces the attention inside each."""
@@ -56,11 +72,21 @@ class PlannedModel(GroupedByDefault):
 
     def __init__(self, config, **options):
         super().__init__(config, **options)
-        for layer_idx in range(config.num_hidden_layers):
+        planned = []
+        for layer_idx, row in enumerate(read_rows(config)):
             path = self.attention_class.donor_layout.attention.format(layer_idx=layer_idx)
             block, _, name = path.rpartition(".")
-            setattr(self.get_submodule(block), name, self.attention_class(config, layer_idx))
+            planned.append(self.attention_class(config, layer_idx))
+            if row.query_from is not None:  # GPT-2 may scale scores by the depth of the layer that computes them
+                planned[layer_idx].scaling = planned[row.query_from].scaling
+            setattr(self.get_submodule(block), name, planned[layer_idx])
+        self.lends = any(attention.lends for attention in planned)
         self.post_init()
+
+    def forward(self, *args, **kwargs):
+        if self.lends:
+            kwargs["shared_states"] = SharedStates()
+        return super().forward(*args, **kwargs)
 
 
 class PlannedHead(GroupedByDefault):
