@@ -16,7 +16,7 @@ from .test_conformance import (
     every_family,
     has_native_gqa,
 )
-from .test_conformance_oracle import head_dim, key_value_views
+from .test_conformance_oracle import head_dim, key_norm_views, key_value_views
 from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask, use_attention
 
 
@@ -40,7 +40,9 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def key_value_gradients(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
-    return key_value_views(gradients(model, use_cache=False), head_dim(model))
+    found = gradients(model, use_cache=False)
+    norms = key_norm_views(found, model.config.model_type, head_dim(model))
+    return key_value_views(found, head_dim(model)) | {key: torch.stack(rows) for key, rows in norms.items()}
 
 
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if has_native_gqa(name)])

@@ -41,7 +41,10 @@ def lent_heads(
     heads = heads_of(layer_idx)
     if shared_init != "mean":
         return heads
-    for column, names in (("key_from", ("key_KDE", "key_bias_KD", "key_norm_KD")), ("value_from", ("value_KDE", "value_bias_KD"))):
+    for column, names in (
+        ("key_from", ("key_KDE", "key_bias_KD", "key_norm_KD")),
+        ("value_from", ("value_KDE", "value_bias_KD")),
+    ):
         using = [other for other in borrowers(rows, layer_idx, column) if rows[other].query_from is None]
         members = [heads, *map(heads_of, using)]
         for name in names if using else ():
