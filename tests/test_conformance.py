@@ -17,6 +17,7 @@ from .tiny_donors import (
     NUM_ATTENTION_HEADS,
     tiny_donor,
     tokens_and_mask,
+    use_attention,
 )
 
 
@@ -26,6 +27,7 @@ HEAD_COUNT_METHODS = [name for name in METHODS.names() if method_kind(name) in H
 DROPOUTS = (
     "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob",
     "attention_probs_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout",
+    "residual_dropout", "hidden_dropout",
 )  # fmt: skip
 
 every_model = pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
@@ -93,9 +95,9 @@ def test_identity_plan_changes_no_bit(model_type, export, attention, dtype, num_
     donor = grouped_donor(model_type, 2) if num_key_value_heads == 2 else tiny_donor(model_type)
     if dtype == torch.bfloat16:
         donor = in_bfloat16(donor)
-    donor.set_attn_implementation(attention)
+    use_attention(donor, attention)
     student = convert(donor, num_key_value_heads=num_key_value_heads, export=export)
-    assert student.config._attn_implementation == attention
+    assert student.config._attn_implementation == donor.config._attn_implementation
     assert student.dtype == dtype
     for padded in (False, True):
         assert torch.equal(logits_of(student, padded), logits_of(donor, padded))
@@ -131,7 +133,7 @@ def test_identity_plan_keeps_attention_weights_and_hidden_states(model_type, exp
 @every_attention
 def test_identity_plan_drops_out_as_the_donor_does(model_type, export, attention):
     donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, 0.3))
-    donor.set_attn_implementation(attention)
+    use_attention(donor, attention)
     student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export).train()
     donor.train()
     outputs = []
@@ -146,7 +148,7 @@ def test_identity_plan_drops_out_as_the_donor_does(model_type, export, attention
 @every_attention
 def test_bundle_becomes_native_again_bit_for_bit(model_type, attention):
     donor = tiny_donor(model_type)
-    donor.set_attn_implementation(attention)
+    use_attention(donor, attention)
     bundle = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export="bundle")
     native = convert(bundle, num_key_value_heads=NUM_ATTENTION_HEADS)
     assert type(native) is type(donor)
@@ -175,7 +177,7 @@ def test_mean_pool_undoes_expand_bit_for_bit(model_type, export, few, many, dtyp
 @pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
 def test_expand_keeps_logits(model_type, export, attention, few, many):
     donor = grouped_donor(model_type, few)
-    donor.set_attn_implementation(attention)
+    use_attention(donor, attention)
     expanded = convert(donor, num_key_value_heads=many, method="expand", export=export)
     assert cached_head_counts(expanded) == [many] * donor.config.num_hidden_layers
     _, mask = tokens_and_mask()

@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_gqa import use_grouped_attention
 from hf_gqa.convert.families import FAMILIES, load_family
 
 
@@ -23,12 +24,39 @@ SPECIAL = {
         "sep_token_id": 2,
     },
     "mistral": {"sliding_window": 6},
+    "starcoder2": {"sliding_window": 6},
+    "phi": {"qk_layernorm": True},
+    "phi3": {"sliding_window": 6},
+    "gemma2": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 2.0,
+    },
+    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+    },
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 6},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "head_dim": 16,
+    },
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
 }
 
 
 def tiny_config(model_type: str, num_key_value_heads: int = NUM_ATTENTION_HEADS, **changes):
+    special = SPECIAL.get(model_type, {})
     wanted = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -41,12 +69,12 @@ def tiny_config(model_type: str, num_key_value_heads: int = NUM_ATTENTION_HEADS,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        **SPECIAL.get(model_type, {}),
+        **special,
         **changes,
     }
     config_class = type(AutoConfig.for_model(model_type))
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
-    return config_class(**{key: value for key, value in wanted.items() if key in known})
+    return config_class(**{key: value for key, value in wanted.items() if key in known or key in special})
 
 
 def tiny_donor(
@@ -74,6 +102,14 @@ def tiny_donor(
 
 def default_head(model_type: str) -> str:
     return "AutoModelForMaskedLM" if model_type in ENCODERS else "AutoModelForCausalLM"
+
+
+def use_attention(model: PreTrainedModel, attention: str) -> None:
+    """Where the class has no `sdpa`, our own function takes its place."""
+    if attention == "sdpa" and not model._supports_sdpa:
+        use_grouped_attention(model)
+    else:
+        model.set_attn_implementation(attention)
 
 
 def head_classes() -> list[tuple[str, str]]:

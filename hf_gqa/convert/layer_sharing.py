@@ -68,8 +68,8 @@ def lent_heads(
         **{field.name: tied for field in fields(AttentionWeights)},
         **{
             f"{name}{part}": sorted({*tied, *(n for n in columns[f"{name}_from"] if rows[n].query_from is None)})
-            for name in ("key", "value")
-            for part in ("_KDE", "_bias_KD")
+            for name, parts in (("key", ("_KDE", "_bias_KD", "_norm_KD")), ("value", ("_KDE", "_bias_KD")))
+            for part in parts
         },
     }
     members = {n: heads_of(n) for n in sorted({n for layers in using.values() for n in layers})}

@@ -98,7 +98,7 @@ def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> Non
 
 def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:

@@ -16,8 +16,13 @@ class AttentionLayout:
         fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
             `key` and `value` are not names of tensors on disk.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
-        query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
-        output_normed: whether a norm stands between the attention's output and the residual stream.
+        query_norm, key_norm: names of the norms on queries and on keys, or None.
+        norm_switch: the configuration field that says whether there are such norms; None: there always are.
+        norm_weights: what a norm goes over, and has weights for: "shared", over head_dim with one weight for all
+            heads; "per_head", over head_dim with a weight `[heads, D]`; "joint", over all heads' numbers together
+            with a weight `[heads * D]`.
+        norm_list: name below a norm of the list that holds the norm of each head, or None for one tensor of them all.
+        output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
         rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
             (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
@@ -38,6 +43,9 @@ class AttentionLayout:
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_switch: str | None = None
+    norm_weights: str = "shared"
+    norm_list: str | None = None
     output_normed: bool = False
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()

@@ -56,7 +56,9 @@ class GroupedByDefault:
     default_attention: str
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(requested_attention or self.default_attention, is_init_check)
+        if requested_attention in (None, self.default_attention):  # also where the native class has no sdpa
+            return self.default_attention
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         if enable and any(row.borrows_states for row in read_rows(self.config)):
