@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 1024
 MASK, SUMMARISE = "<mask>", "<tldr>"
-MOST_SOURCE_TOKENS, MOST_TARGET_TOKENS = 96, 64
+MOST_SOURCE_TOKENS, MOST_TARGET_TOKENS = 48, 40
 MASKED_FRACTION = 0.2
-RESTORED_FRACTION = 0.75  # of the examples
+RESTORED_FRACTION = 0.875  # of the examples
 
 
 class Corpus:
@@ -55,7 +55,7 @@ class Corpus:
         draw = random.Random(seed)
         if task == "tldr":
             return [(SUMMARISE + " ".join(r["source"]), t) for r in self.records(split) for t in r["target"]]
-        sentences = [s for r in self.records(split) for s in r["source"] if 5 <= len(s.split()) <= 40]
+        sentences = [s for r in self.records(split) for s in r["source"] if 5 <= len(s.split()) <= 20]
         return [(masked(sentence, draw), sentence) for sentence in sentences]
 
     def encoded(self, pair: tuple[str, str]) -> dict[str, list[int]]:

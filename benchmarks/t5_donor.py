@@ -21,7 +21,7 @@ from transformers import (
 )
 
 
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, STEPS, SEED = 16, 2e-3, 100, 3000, 0
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, STEPS, SEED = 16, 2e-3, 100, 2000, 0
 
 
 class InOrder(Seq2SeqTrainer):

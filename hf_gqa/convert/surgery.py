@@ -10,6 +10,7 @@ from ..weights.head_statistics import HeadStatistics
 from ..weights.head_tensors import head_tensor_names, read_heads, write_heads
 from .donor import Donor
 from .layer_conversion import converted_layer
+from .layer_sharing import borrowed_pattern, check_readers, lent_heads, mean, tied_parameters
 from .plan import ConversionPlan
 from .target import Target
 
@@ -66,10 +67,11 @@ def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
 def _head_tensors(donor: Donor) -> dict[str, tuple[int, str]]:
     """Full name of every tensor that can hold heads -> (number of its row, path of its attention)."""
     return {
-        f"{prefix}{site.path}.{name}": (row_idx, f"{prefix}{site.path}")
+        f"{prefix}{site.path}.{name.format(head=head)}": (row_idx, f"{prefix}{site.path}")
         for row_idx, site in enumerate(donor.sites)
         for prefix in ("", f"{donor.model_class.base_model_prefix}.")
         for name in head_tensor_names(donor.layout)
+        for head in range(site.num_attention_heads if "{head}" in name else 1)
     }
 
 
@@ -108,12 +110,18 @@ class _Surgery:
         self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
         self.places = _head_tensors(donor)
+        self.prefix = f"{donor.model_class.base_model_prefix}."
+        self.borrowed = borrowed_pattern(target.rows, target.layout)
+        self.tied = tied_parameters(target)
+        self.attention = {row_idx: path for row_idx, path in map(self.places.get, self.names & self.places.keys())}
         self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
 
     def student_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """A student tensor stands where the donor has one of its name, else where its layer begins."""
         if name not in self.places:
-            return {name: self.target.passed_through(name, self.donor.tensors.get(name))}
+            if self.gone(name):
+                return {}
+            return {name: self.target.passed_through(name, self.passed_through(name))}
         row_idx, attention = self.places[name]
         begins = row_idx not in self.waiting
         if begins:
@@ -126,7 +134,26 @@ class _Surgery:
         heads = self.converted.get(row_idx)
         if heads is None:
             statistics = None if self.statistics is None else self.statistics[row_idx]
-            own = _read_row(self.donor, row_idx, attention, self.names)
+            own = lent_heads(self.donor_heads, self.target.rows, row_idx, self.plan.shared_init)
             wanted = self.target.rows[row_idx].num_key_value_heads
             heads = converted_layer(self.donor, self.plan, own, row_idx, wanted, statistics)
-        return {f"{attention}.{name}": tensor for name, tensor in write_heads(self.target.layout, heads).items()}
+            check_readers(self.plan, self.target.rows, row_idx, own, heads)
+        written = write_heads(self.target.layout, heads)
+        named = {f"{attention}.{name}": tensor for name, tensor in written.items()}
+        return {name: tensor for name, tensor in named.items() if not self.gone(name)}
+
+    def gone(self, name: str) -> bool:
+        """Whether the student has no such tensor, for its layer borrows what it computed, or is tied to another's."""
+        below_base = name.removeprefix(self.prefix)
+        return below_base in self.tied or self.borrowed.match(below_base) is not None
+
+    def passed_through(self, name: str) -> torch.Tensor:
+        """A tensor outside attention, or the mean over the layers that will be tied to it."""
+        prefix, below_base = ("", name) if not name.startswith(self.prefix) else (self.prefix, name[len(self.prefix) :])
+        tied = [prefix + other for other, lender in self.tied.items() if lender == below_base]
+        if self.plan.shared_init != "mean" or not tied:
+            return self.donor.tensors.get(name)
+        return mean([self.donor.tensors.get(member) for member in (name, *tied)])
+
+    def donor_heads(self, row_idx: int) -> AttentionWeights:
+        return _read_row(self.donor, row_idx, self.attention[row_idx], self.names)

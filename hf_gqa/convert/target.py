@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import transformers
@@ -12,12 +11,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import ENCODER, AttentionSite
-from ..runtime.layer_plan import LayerPlan
+from ..runtime.layer_plan import LayerPlan, check_rows
 from .donor import Donor
 from .families import native_class
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
+from .rows_with_encoder import checked_rows_with_encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +47,8 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     Raises:
         Refusal: the plan does not fit the donor's heads or norms, or its `export` cannot be had.
     """
-    if plan.convert_encoder and donor.layout.encoder_attention is None:
-        raise Refusal(f"convert_encoder: donor '{donor.name}' has no encoder. Leave --convert-encoder out.")
-    planned = [site for site in donor.sites if plan.convert_encoder or site.kind != ENCODER]
-    present = dict(zip(donor.sites, donor.num_key_value_heads, strict=True))
-    for query_heads, heads in sorted({(site.num_attention_heads, present[site]) for site in planned}):
-        check_plan(plan, query_heads, heads, donor.name)
-    _check_scores(donor, plan)
-    rows = _rows(donor, plan, present)
+    rows = _checked_rows(donor, plan)
+    _check_scores(donor, plan, rows)
     native, obstacle = _native(donor, rows)
     if plan.export == "native" and native is None:
         raise Refusal(f"export = native: {obstacle}. Use --export auto or bundle.")
@@ -65,21 +58,52 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     return _bundle(donor, rows, reason)
 
 
-def _rows(donor: Donor, plan: ConversionPlan, present: dict[AttentionSite, int]) -> tuple[LayerPlan, ...]:
-    """The plan's rows for each stack of layers; an encoder that is not converted keeps the heads that are `present`."""
-    rows: list[LayerPlan] = []
-    for kind, stack in groupby(donor.sites, lambda site: site.kind):
-        stack = list(stack)
-        if kind == ENCODER and not plan.convert_encoder:
-            rows += [LayerPlan(num_key_value_heads=present[site]) for site in stack]
-        else:
-            rows += plan.rows(len(stack))
-    return tuple(rows)
+def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
+    """The plan's table, when it fits the donor's heads and layers."""
+    if donor.layout.cross_attention is not None:
+        return checked_rows_with_encoder(donor, plan)
+    sharing = [n for n, row in enumerate(getattr(donor.config, "layer_plan", None) or []) if len(row) > 1]
+    if sharing:
+        raise Refusal(
+            f"'{donor.name}': its layer {sharing[0]} borrows from another, and a student cannot be converted further. "
+            f"Convert its donor, with a plan that says all of it."
+        )
+    if plan.convert_encoder:
+        raise Refusal(f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out.")
+    types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
+    rows = plan.rows(donor.num_key_value_heads, types)
+    pairs = zip(donor.num_key_value_heads, (row.num_key_value_heads for row in rows), strict=False)
+    for heads, wanted in dict.fromkeys(pairs):
+        check_plan(plan, donor.num_attention_heads, heads, donor.name, wanted)
+    try:
+        check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    _check_shared_init(plan, rows)
+    observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
+    if observing and any(row.borrows for row in rows):
+        raise Refusal(
+            f"method = {','.join(plan.method)}: '{observing[0]}' fits one layer after the other, and here layers share. "
+            f"Leave it out."
+        )
+    return rows
 
 
-def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
+def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
+    lent = any(
+        row.parameters_from is not None or (row.query_from is None and (row.key_from, row.value_from) != (None, None))
+        for row in rows
+    )
+    if plan.shared_init != "own" and not lent:
+        raise Refusal(
+            f"shared_init = {plan.shared_init}: is about weights, and about keys and values for other queries, that a layer "
+            f"lends, and there are none. Use shared_init = own."
+        )
+
+
+def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
+    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:
@@ -97,6 +121,8 @@ def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, s
     full = [row.num_key_value_heads for row in rows] == [site.num_attention_heads for site in donor.sites]
     if layout.cross_attention is not None and not full:
         return None, f"a native {layout.model_type} has as many KV heads as query heads"
+    if any(row != LayerPlan(num_key_value_heads=row.num_key_value_heads) for row in rows):
+        return None, f"in a native {layout.model_type} every layer owns its queries, keys, values and weights"
     if layout.cross_attention is None and any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
     if layout.key_value_heads_field is not None:

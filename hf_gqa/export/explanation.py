@@ -5,13 +5,23 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..convert.cache_bytes import cache_bytes_per_token_beyond_window
+from ..convert.cache_bytes import (
+    Heads,
+    cache_bytes_per_token_beyond_window,
+    cache_bytes_per_token_computed,
+    cached_heads,
+    cached_heads_of,
+    key_value_bytes_per_token,
+)
 from ..convert.cache_bytes_by_kind import cache_bytes_by_kind
 from ..convert.donor import Donor
+from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
 from ..convert.target import Target
+from ..human_units import human_bytes, human_count
 from ..methods import method_kind
-from ..runtime.attention_sites import CROSS, ENCODER, SELF
+from ..runtime.attention_sites import CROSS, ENCODER, KINDS, SELF
+from .sharing_words import sharing_notes
 
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -24,8 +34,8 @@ class Explanation:
 
     Args:
         before, after: model_type, num_attention_heads, num_key_value_heads, parameters, weight_bytes,
-            cache_bytes_per_token, cache_bytes_per_token_beyond_window, tensor_parallel_sizes; with an encoder also
-            num_key_value_heads_cross, num_key_value_heads_encoder and cache_bytes_per_encoder_token.
+            cache_bytes_per_token, cache_bytes_per_token_beyond_window, key_value_bytes_per_token (computed, whether or
+            not they are cached), tensor_parallel_sizes; of an encoder-decoder also what `numbers_with_encoder` says.
         notes: what the user should know before starting.
     """
 
@@ -56,6 +66,7 @@ def facts(donor: Donor) -> dict:
         donor,
         donor.config.model_type,
         donor.num_key_value_heads,
+        cached_heads(donor.config),
         parameters=sum(math.prod(tensors.shape(name)) for name in kept),
         weight_bytes=sum(tensors.size_bytes(name) for name in kept),
     )
@@ -65,13 +76,14 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     """Compute before and after from shapes alone."""
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
-    changed = _changed_parameters(donor, heads)
+    more = _changed_parameters(donor, heads) - removed_parameters(target)
     after = _side(
         donor,
         target.config.model_type,
         heads,
-        parameters=before["parameters"] + changed,
-        weight_bytes=before["weight_bytes"] + changed * stored_dtype(donor).itemsize,
+        cached_heads_of(target.rows),
+        parameters=before["parameters"] + more,
+        weight_bytes=before["weight_bytes"] + more * stored_dtype(donor).itemsize,
     )
     return Explanation(
         donor=donor.name,
@@ -82,51 +94,70 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
         before=before,
         after=after,
         files=list(donor.tensors.shards),
-        notes=_notes(donor, plan, heads, after),
+        notes=[*_notes(donor, plan, heads, before, after), *sharing_notes(target.rows)],
     )
 
 
-def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weight_bytes: int) -> dict:
-    dtype, sites, with_encoder = stored_dtype(donor), donor.sites, {}
-    of = {kind: [n for site, n in zip(sites, heads, strict=True) if site.kind == kind] for kind in (SELF, CROSS, ENCODER)}
-    per_token = cache_bytes_by_kind(sites, heads, dtype)
-    beyond_window = per_token[SELF]
-    if of[CROSS]:
-        with_encoder = {
-            "num_key_value_heads_cross": of[CROSS],
-            "num_key_value_heads_encoder": of[ENCODER],
-            "cache_bytes_per_encoder_token": per_token[CROSS],
-        }
-    else:
-        beyond_window = cache_bytes_per_token_beyond_window(donor.config, heads, dtype)
-    return {
+def _side(donor: Donor, model_type: str, heads: list[int], cached: Heads, parameters: int, weight_bytes: int) -> dict:
+    dtype = stored_dtype(donor)
+    numbers = {
         "model_type": model_type,
-        "num_hidden_layers": len(of[SELF]),
+        "num_hidden_layers": len(heads),
         "num_attention_heads": donor.num_attention_heads,
-        "num_key_value_heads": of[SELF],
+        "num_key_value_heads": heads,
         "head_dim": donor.head_dim,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameters,
         "weight_bytes": weight_bytes,
-        "cache_bytes_per_token": per_token[SELF],
-        "cache_bytes_per_token_beyond_window": beyond_window,
-        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, max(of[SELF])),
-        **with_encoder,
+        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, cached, dtype),
+        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, cached, dtype),
+        "key_value_bytes_per_token": key_value_bytes_per_token(donor.config, heads, dtype),
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*heads)),
+    }
+    if donor.layout.cross_attention is None:
+        return numbers
+    return numbers | numbers_with_encoder(donor, heads, dtype)
+
+
+def numbers_with_encoder(donor: Donor, heads: list[int], dtype: torch.dtype) -> dict:
+    """What is otherwise in an encoder-decoder: KV heads of its three kinds of attention, and bytes of its two caches.
+
+    Without a suffix, what is said of the decoder's self-attention; `cache_bytes_per_encoder_token` is of the keys and
+    values that cross-attention keeps of what the encoder read.
+    """
+    of = {kind: [n for site, n in zip(donor.sites, heads, strict=True) if site.kind == kind] for kind in KINDS}
+    cached = cache_bytes_by_kind(donor.sites, heads, dtype)
+    return {
+        "num_hidden_layers": len(of[SELF]),
+        "num_key_value_heads": of[SELF],
+        "num_key_value_heads_cross": of[CROSS],
+        "num_key_value_heads_encoder": of[ENCODER],
+        "cache_bytes_per_token": cached[SELF],
+        "cache_bytes_per_token_beyond_window": cached[SELF],
+        "cache_bytes_per_encoder_token": cached[CROSS],
+        "key_value_bytes_per_token": sum(cached.values()),
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*of[SELF], *of[CROSS])),
     }
 
 
 def _changed_parameters(donor: Donor, heads: list[int]) -> int:
     """How many more than the donor has."""
-    vectors = 2 * donor.config.hidden_size + sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value))
+    biases = sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value))
     rows = zip(donor.sites, heads, donor.num_key_value_heads, strict=True)
-    return sum((after - before) * site.head_dim * vectors for site, after, before in rows)
+    return sum((after - before) * site.head_dim * (2 * donor.config.hidden_size + biases) for site, after, before in rows)
 
 
-def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) -> list[str]:
+def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, after: dict) -> list[str]:
     notes = []
     if heads != donor.num_key_value_heads and method_kind(plan.head_count_method) == "reduce":
         notes.append(
             "The student will be far worse than its donor until it is uptrained: merged heads were never trained to agree."
+        )
+    if donor.layout.bidirectional:
+        notes.append(
+            f"An encoder keeps no cache. What changes is parameters, {human_count(before['parameters'])} to "
+            f"{human_count(after['parameters'])}, and the keys and values computed for a token, over all layers "
+            f"{human_bytes(before['key_value_bytes_per_token'])} to {human_bytes(after['key_value_bytes_per_token'])}."
         )
     most = max(after["tensor_parallel_sizes"])
     if most < COMMON_TENSOR_PARALLEL_SIZE and donor.num_attention_heads >= COMMON_TENSOR_PARALLEL_SIZE:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .attention_layout import AttentionLayout
 
 
-SELF, CROSS, ENCODER = "self", "cross", "encoder"
+KINDS = SELF, CROSS, ENCODER = "self", "cross", "encoder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
