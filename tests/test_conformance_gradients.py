@@ -13,7 +13,7 @@ from .test_conformance import (
     assert_close_for_float32,
     every_attention,
     every_export,
-    every_family,
+    every_model,
     has_native_gqa,
 )
 from .test_conformance_oracle import head_dim, key_norm_views, key_value_views
@@ -62,7 +62,7 @@ def test_bundle_has_the_gradients_of_the_native_student(model_type, attention, n
         assert_close_for_float32(found[name], expected[name])
 
 
-@every_family
+@every_model
 @every_export
 @every_attention
 @pytest.mark.parametrize("num_key_value_heads", [2, 1])
@@ -78,7 +78,7 @@ def test_gradient_of_a_head_is_the_sum_over_its_copies(model_type, export, atten
         assert_close_for_float32(found[name], gradient.unflatten(0, (num_key_value_heads, -1)).sum(1))
 
 
-@every_family
+@every_model
 @every_export
 @every_attention
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type, export, attentio
         assert torch.equal(found[name], gradient), name
 
 
-@every_family
+@every_model
 def test_bundle_gradients_are_those_of_eager_attention(model_type):
     student = convert(tiny_donor(model_type), num_key_value_heads=2, export="bundle")
     found = []

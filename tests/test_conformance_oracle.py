@@ -19,7 +19,7 @@ from .test_conformance import (
     assert_close_for_float32,
     cached_head_counts,
     every_export,
-    every_family,
+    every_model,
     grouped_donor,
     has_native_gqa,
     logits_of,
@@ -60,6 +60,12 @@ VARIANTS = [
 ]
 
 
+PROJECTION = re.compile(
+    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self)\."
+    r"(c_attn|Wqkv|qkv_proj|k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)$"
+)
+
+
 def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[tuple[int, str, str], torch.Tensor]:
     """Views `[K, D, ...]` of keys and values by (layer, "key" or "value", "weight" or "bias"); writing changes the model.
 
@@ -69,19 +75,19 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
     """
     views = {}
     for name, tensor in tensors.items():
-        match = re.search(r"\.(\d+)\.(?:attn|self_attn)\.(c_attn|qkv_proj|k_proj|v_proj)\.(weight|bias)$", name)
+        match = PROJECTION.search(name)
         if match is None:
             continue
         layer_idx, projection, kind = int(match[1]), match[2], match[3]
-        if projection == "c_attn":
-            rows = tensor.detach().movedim(-1, 0)
+        if projection in ("c_attn", "Wqkv"):
+            rows = tensor.detach().movedim(-1, 0) if projection == "c_attn" else tensor.detach()
             _, key, value = rows.split(len(rows) // 3)
             parts = {"key": key, "value": value}
         elif projection == "qkv_proj":  # Phi-3's, all query heads first
             query_rows = NUM_ATTENTION_HEADS * head_dim
             parts = dict(zip(("key", "value"), tensor.detach()[query_rows:].chunk(2), strict=True))
         else:
-            parts = {"key" if projection == "k_proj" else "value": tensor.detach()}
+            parts = {"key" if projection.startswith("k") else "value": tensor.detach()}
         for part, rows in parts.items():
             views[layer_idx, part, kind] = rows.unflatten(0, (-1, head_dim))
     return views
@@ -157,7 +163,7 @@ def copies_exactly(config: PretrainedConfig) -> bool:
     return type(config)(**config.to_dict()).to_dict() == config.to_dict()
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("before, after", HEAD_COUNTS)
 @pytest.mark.parametrize("method", ORACLES)
@@ -185,7 +191,7 @@ def test_student_of_a_configuration_variant_equals_oracle(model_type, changes, e
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("part", ["key", "value"])
 def test_oracle_notices_strided_groups_of_one_projection(model_type, export, part, monkeypatch):
@@ -245,7 +251,7 @@ def test_gpt2_variant_without_native_relative_becomes_a_bundle(field, tmp_path):
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 def test_auto_export_is_native_where_the_family_can(model_type):
     donor = tiny_donor(model_type)
     student = convert(donor, num_key_value_heads=2)

@@ -16,11 +16,11 @@ from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.checkpoint import SINGLE_FILE, Checkpoint, StateDict
 from hf_gqa.weights.head_tensors import head_norms, head_tensor_names, read_heads, write_heads
 
-from .tiny_donors import MODEL_TYPES, tiny_donor
+from .tiny_donors import ALL_MODEL_TYPES, tiny_donor
 
 
 LAYOUTS: dict[str, AttentionLayout] = {}
-for _name in MODEL_TYPES:
+for _name in ALL_MODEL_TYPES:
     _family = load_family(_name)
     LAYOUTS |= {layout.model_type: layout for layout in (_family.donor_layout, _family.bundle_layout)}
 LAYOUTS |= {name: RELATIVES.get(name).layout for name in RELATIVES.names()}
@@ -100,32 +100,33 @@ def test_write_heads_inverts_read_heads(layout, K, G, D, E, input_bias, output_b
         assert torch.equal(written[name], tensor), name
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
 def test_heads_of_a_donor_project_as_its_modules_do(model_type):
     """The meaning of the canonical form, against the modules themselves and not against its own inverse."""
     donor = tiny_donor(model_type)
     family, config = load_family(model_type), donor.config
     layout = family.donor_layout
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     base = donor.base_model
     attention = base.get_submodule(layout.attention.format(layer_idx=1))
-    heads = read_heads(layout, attention.state_dict().get, config.num_attention_heads, attention.head_dim)
+    heads = read_heads(layout, attention.state_dict().get, config.num_attention_heads, head_dim)
     hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0))
     if layout.fused:
-        expected = getattr(attention, layout.fused)(hidden).chunk(3, dim=-1)
+        expected = attention.get_submodule(layout.fused)(hidden).chunk(3, dim=-1)
     else:
-        expected = [getattr(attention, name)(hidden) for name in (layout.query, layout.key, layout.value)]
+        expected = [attention.get_submodule(name)(hidden) for name in (layout.query, layout.key, layout.value)]
     weights = (heads.query_HDE, heads.key_KDE, heads.value_KDE)
     biases = (heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD)
     for weight, bias, projected in zip(weights, biases, expected, strict=True):
         found = torch.einsum("te,hde->thd", hidden, weight) + (0 if bias is None else bias)
         torch.testing.assert_close(found.flatten(1), projected)
-    mixed = torch.randn(5, config.num_attention_heads, attention.head_dim, generator=torch.Generator().manual_seed(1))
+    mixed = torch.randn(5, config.num_attention_heads, head_dim, generator=torch.Generator().manual_seed(1))
     out = torch.einsum("thd,ehd->te", mixed, heads.output_EHD)
     out = out if heads.output_bias_E is None else out + heads.output_bias_E
-    torch.testing.assert_close(out, getattr(attention, layout.output)(mixed.flatten(1)))
+    torch.testing.assert_close(out, attention.get_submodule(layout.output)(mixed.flatten(1)))
 
 
-@pytest.mark.parametrize("model_type", [name for name in LAYOUTS if name in MODEL_TYPES])
+@pytest.mark.parametrize("model_type", [name for name in LAYOUTS if name in ALL_MODEL_TYPES])
 def test_reading_copies_nothing(model_type):
     layout = LAYOUTS[model_type]
     tensors = write_heads(layout, numbered_heads(4, 4, 3, 12))

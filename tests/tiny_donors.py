@@ -10,11 +10,19 @@ from hf_gqa import use_grouped_attention
 from hf_gqa.convert.families import FAMILIES, load_family
 
 
-MODEL_TYPES = FAMILIES.names()
+ALL_MODEL_TYPES = FAMILIES.names()
+ENCODERS = [name for name in ALL_MODEL_TYPES if load_family(name).donor_layout.bidirectional]
+MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
 NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
 SPECIAL = {
+    "modernbert": {
+        "local_attention": 12,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
     "mistral": {"sliding_window": 6},
     "starcoder2": {"sliding_window": 6},
     "phi": {"qk_layernorm": True},
@@ -73,18 +81,27 @@ def tiny_donor(
     model_type: str,
     num_key_value_heads: int = NUM_ATTENTION_HEADS,
     seed: int = 0,
-    auto_class: str = "AutoModelForCausalLM",
+    auto_class: str | None = None,
     **changes,
 ) -> PreTrainedModel:
-    """Weights are large enough that no head, bias or norm can be ignored without showing in the logits."""
+    """Weights are large enough that no head, bias or norm can be ignored without showing in the logits.
+
+    Args:
+        auto_class: of the head; by default that of a language model, causal or masked.
+    """
+    auto_class = auto_class or default_head(model_type)
     config = tiny_config(model_type, num_key_value_heads, **changes)
     donor = getattr(transformers, auto_class).from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in donor.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name or ".ln_" in name else 0.25 * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or ".ln_" in name else 0.25 * noise)
     return donor
+
+
+def default_head(model_type: str) -> str:
+    return "AutoModelForMaskedLM" if model_type in ENCODERS else "AutoModelForCausalLM"
 
 
 def use_attention(model: PreTrainedModel, attention: str) -> None:
@@ -96,13 +113,9 @@ def use_attention(model: PreTrainedModel, attention: str) -> None:
 
 
 def head_classes() -> list[tuple[str, str]]:
-    """Every family with the Auto class of each of its heads but the one that it has a donor of by default."""
-    return [
-        (model_type, auto_class)
-        for model_type in MODEL_TYPES
-        for auto_class, head_class in load_family(model_type).head_classes.items()
-        if head_class is not load_family(model_type).default_class
-    ]
+    """Every family with the Auto class of each of its heads but those that other conformance tests use."""
+    heads = [(name, auto_class) for name in ALL_MODEL_TYPES for auto_class in load_family(name).head_classes]
+    return [(name, auto_class) for name, auto_class in heads if auto_class != "AutoModelForCausalLM"]
 
 
 def tokens_and_mask(batch: int = 2, length: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from ..convert.donor import Donor, open_donor
-from ..convert.plan import EXPORTS, ConversionPlan
+from ..convert.plan import EXPORTS
 from ..convert.target import choose_target
 from ..export.calibration_text import DEFAULT_TOKENS, SAVED, make_calibration
 from ..export.explanation import Explanation, explain
@@ -16,15 +16,23 @@ from ..methods import METHODS
 from ..refusal import Refusal
 from ..staging import check_output
 from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
+from .plan_options import PlanFile, SharedInit, SharedLayers, ShareEvery, Sharing, asked_plan, parsed_layers, read_plan
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 
 
 def convert(
     donor: str = typer.Argument(..., help="Folder or Hub repository of the donor; it is only read."),
     output: Path = typer.Argument(..., help="Folder to write; it appears complete or not at all."),
-    num_key_value_heads: int = typer.Option(..., help="KV heads of every layer of the student; 1 is multi-query."),
+    num_key_value_heads: int | None = typer.Option(
+        None, help="KV heads of every layer of the student; 1 is multi-query. With --sharing, by default the donor's."
+    ),
     method: str = typer.Option("mean_pool", help=f"Conversion methods, comma-separated: {', '.join(METHODS.names())}."),
     export: str = typer.Option("auto", help=f"How to export: {', '.join(EXPORTS)}."),
+    sharing: Sharing = "own",
+    shared_layers: SharedLayers = None,
+    share_every: ShareEvery = None,
+    shared_init: SharedInit = "own",
+    plan_file: PlanFile = None,
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
     calibration: CalibrationFiles = None,
     calibration_tokens: CalibrationTokens = None,
@@ -41,7 +49,17 @@ def convert(
     The student has fewer KV heads, or more with `expand`. What will be done is explained first.
     """
     with errors_as_messages(json):
-        plan = ConversionPlan(num_key_value_heads=num_key_value_heads, method=method, export=export, seed=seed)
+        asked = {
+            "num_key_value_heads": num_key_value_heads,
+            "method": method,
+            "sharing": sharing,
+            "shared_layers": parsed_layers(shared_layers),
+            "share_every": share_every,
+            "shared_init": shared_init,
+            "export": export,
+            "seed": seed,
+        }
+        plan = read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)

@@ -31,7 +31,7 @@ CARRIED_FILES = (
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
 )  # fmt: skip
-REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.masked_bias$"
+REBUILT_BUFFERS = r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn\.masked_bias$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +244,11 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
 def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
     where = str(folder or name)
     layout = family.layout_of(config.model_type)
+    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise Refusal(
+            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
+            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
+        )
     for heads in set(_key_value_heads(config, layout)):
         if heads < 1 or config.num_attention_heads % heads:
             raise Refusal(

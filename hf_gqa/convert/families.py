@@ -87,6 +87,12 @@ def family_of(model_type: str, where: str) -> Family:
     return load_family(name)
 
 
+def is_encoder(model_type: str) -> bool:
+    """Whether models of this type, native or ours, keep no cache, because every token looks at all others at once."""
+    name = str(model_type).removeprefix("gqa_")
+    return name in FAMILIES.names() and FAMILIES.get(name).bidirectional
+
+
 def register_families() -> None:
     """Make `AutoConfig` and `AutoModel*` know our own classes, under model types of their own."""
     for name in FAMILIES.names():

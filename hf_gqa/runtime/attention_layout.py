@@ -11,6 +11,8 @@ class AttentionLayout:
         model_type: the `model_type` of the configuration whose checkpoints look like this.
         attention: path of a layer's attention below the base model, with `{layer_idx}`.
         query, key, value, output: names of the projections below `attention`.
+        inner: name below `attention` of the module that projects queries, keys and values and mixes them, where the
+            output projection stands beside it; None where `attention` is that module.
         fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
             `key` and `value` are not names of tensors on disk.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
@@ -26,6 +28,7 @@ class AttentionLayout:
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
+        bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
     """
 
@@ -35,6 +38,7 @@ class AttentionLayout:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    inner: str | None = None
     fused: str | None = None
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
@@ -46,13 +50,22 @@ class AttentionLayout:
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
+    bidirectional: bool = False
     position: str
+
+    def mixing_module(self, layer_idx: int) -> str:
+        """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
+        return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
 
     def unfused(self, model_type: str) -> "AttentionLayout":
         """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
+        below = f"{self.inner}." if self.inner else ""
         return replace(
             self,
             model_type=model_type,
+            query=f"{below}q_proj",
+            key=f"{below}k_proj",
+            value=f"{below}v_proj",
             fused=None,
             transposed=self.transposed - {self.fused},
             key_value_heads_field="num_key_value_heads",

@@ -93,9 +93,12 @@ class PlannedAttention:
         )
         heads = row.num_key_value_heads
         self.num_key_value_groups = config.num_attention_heads // heads
-        has_bias = getattr(self, layout.fused or layout.key).bias is not None
-        if layout.fused is not None:
-            delattr(self, layout.fused)
+        native = [layout.fused] if layout.fused else [layout.query, layout.key, layout.value]
+        native = [name.rpartition(".")[2] for name in native]
+        has_bias = getattr(self, native[-1]).bias is not None
+        if native[0] != "q_proj":
+            for name in native:
+                delattr(self, name)
             self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias)
         self.k_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
         self.v_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
@@ -117,7 +120,7 @@ class PlannedAttention:
         query, key, value = self.shared(query, key, value, shared_states)
         mixed, weights = self.attend(query, key, value, attention_mask, shared_states, **kwargs)
         mixed = mixed.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return getattr(self, self.donor_layout.output)(mixed), weights
+        return (mixed if self.donor_layout.inner else getattr(self, self.donor_layout.output)(mixed)), weights
 
     def own_states(self, hidden_states, position_embeddings):
         """Query, key and value `[B, heads, Q, D]`, normed and rotated; None for each that is borrowed."""
