@@ -75,7 +75,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
     changed = sum(heads) - sum(donor.num_key_value_heads)
-    per_head = 2 * donor.head_dim * (donor.config.hidden_size + _has_key_bias(donor))
+    per_head = donor.head_dim * (2 * (donor.config.hidden_size + _has_key_bias(donor)) + _has_own_norms(donor))
     more = changed * per_head - removed_parameters(target)
     after = _side(
         donor,
@@ -144,6 +144,11 @@ def _key_tensor(donor: Donor, kind: str) -> str:
 
 def _has_key_bias(donor: Donor) -> bool:
     return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
+
+
+def _has_own_norms(donor: Donor) -> bool:
+    """Whether each KV head has weights of its own in the norm on keys."""
+    return donor.has_head_norms and donor.layout.norm_weights != "shared"
 
 
 def stored_dtype(donor: Donor) -> torch.dtype:
