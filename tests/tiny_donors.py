@@ -110,7 +110,7 @@ def tiny_donor(
     with torch.no_grad():
         for name, parameter in donor.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or ".ln_" in name else 0.25 * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else 0.25 * noise)
     return donor
 
 
