@@ -15,6 +15,7 @@ from .tiny_donors import (
     ENCODERS,
     MODEL_TYPES,
     NUM_ATTENTION_HEADS,
+    of_each_storage,
     tiny_donor,
     tokens_and_mask,
     use_attention,
@@ -32,6 +33,8 @@ DROPOUTS = (
 
 every_model = pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
 every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)  # of causal language models
+every_storage = pytest.mark.parametrize("model_type", of_each_storage(ALL_MODEL_TYPES))
+every_decoder_storage = pytest.mark.parametrize("model_type", of_each_storage(MODEL_TYPES))
 every_export = pytest.mark.parametrize("export", EXPORTS)
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 

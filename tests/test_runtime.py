@@ -19,6 +19,7 @@ from .test_conformance import (
     every_export,
     every_family,
     every_model,
+    every_storage,
     logits_of,
 )
 from .test_conformance_decoding import assert_cached_equals_uncached, generate, logits_in_chunks, new_cache
@@ -231,7 +232,7 @@ def test_layers_with_different_heads_survive_saving(model_type, tmp_path):
     assert torch.equal(logits_of(again), logits_of(student))
 
 
-@every_model
+@every_storage
 @every_export
 @pytest.mark.parametrize("heads, wanted", [((2, 1), 1), ((4, 2), 2), ((4, 1), 1)])
 def test_layers_with_different_heads_can_be_reduced(model_type, export, heads, wanted):
@@ -242,7 +243,7 @@ def test_layers_with_different_heads_can_be_reduced(model_type, export, heads, w
     assert_same_logits(student, donor)
 
 
-@every_model
+@every_storage
 @every_export
 def test_layers_with_different_heads_can_be_expanded(model_type, export):
     donor = uneven_student(model_type)

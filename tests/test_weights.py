@@ -1,5 +1,6 @@
 """Heads survive the way from a checkpoint's tensors to canonical form and back, in every layout."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -13,7 +14,7 @@ from hf_gqa.convert.relatives import RELATIVES
 from hf_gqa.runtime.attention_layout import AttentionLayout
 from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.checkpoint import SINGLE_FILE, Checkpoint, StateDict
-from hf_gqa.weights.head_tensors import head_tensor_names, read_heads, write_heads
+from hf_gqa.weights.head_tensors import head_norms, head_tensor_names, read_heads, write_heads
 
 from .tiny_donors import ALL_MODEL_TYPES, tiny_donor
 
@@ -42,12 +43,14 @@ def numbered(*shape: int, start: int, dtype: torch.dtype = torch.float32) -> tor
     return torch.arange(start, start + count, dtype=torch.float64).reshape(shape).to(dtype)
 
 
-def numbered_heads(H, K, D, E, input_bias=True, output_bias=True, dtype=torch.float32) -> AttentionWeights:
+def numbered_heads(H, K, D, E, input_bias=True, output_bias=True, dtype=torch.float32, norms=False):
     wanted = {"query_HDE": (H, D, E), "key_KDE": (K, D, E), "value_KDE": (K, D, E), "output_EHD": (E, H, D)}
     if input_bias:
         wanted |= {"query_bias_HD": (H, D), "key_bias_KD": (K, D), "value_bias_KD": (K, D)}
     if output_bias:
         wanted |= {"output_bias_E": (E,)}
+    if norms:
+        wanted |= {"query_norm_HD": (H, D), "key_norm_KD": (K, D)}
     tensors, start = {}, 0
     for name, shape in wanted.items():
         tensors[name] = numbered(*shape, start=start, dtype=dtype)
@@ -66,9 +69,9 @@ def assert_same_heads(found: AttentionWeights, expected: AttentionWeights) -> No
 @settings(deadline=None, max_examples=40)
 @shapes
 def test_read_heads_inverts_write_heads(layout, K, G, D, E, input_bias, output_bias, dtype):
-    heads = numbered_heads(K * G, K, D, E, input_bias, output_bias, dtype)
+    heads = numbered_heads(K * G, K, D, E, input_bias, output_bias, dtype, norms=bool(head_norms(layout)))
     tensors = write_heads(layout, heads)
-    assert set(tensors) <= set(head_tensor_names(layout))
+    assert {re.sub(r"\.\d+\.", ".{head}.", name) for name in tensors} <= set(head_tensor_names(layout))
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     found = read_heads(layout, tensors.get, num_attention_heads=K * G, head_dim=D)
     assert (found.num_attention_heads, found.num_key_value_heads) == (K * G, K)
@@ -130,11 +133,12 @@ def test_reading_copies_nothing(model_type):
     stored = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     heads = read_heads(layout, tensors.get, num_attention_heads=4, head_dim=3)
     for field in fields(heads):
-        assert getattr(heads, field.name).untyped_storage().data_ptr() in stored, field.name
+        if getattr(heads, field.name) is not None:
+            assert getattr(heads, field.name).untyped_storage().data_ptr() in stored, field.name
 
 
 def test_map_key_value_changes_keys_values_and_their_biases_alone():
-    heads = numbered_heads(4, 2, 3, 5)
+    heads = numbered_heads(4, 2, 3, 5, norms=True)
     found = heads.map_key_value(lambda tensor_K: tensor_K + 1)
     for field in fields(heads):
         changed = field.name.startswith(("key", "value"))

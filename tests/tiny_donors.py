@@ -10,9 +10,23 @@ from hf_gqa import use_grouped_attention
 from hf_gqa.convert.families import FAMILIES, load_family
 
 
-ALL_MODEL_TYPES = FAMILIES.names()
+ALL_MODEL_TYPES = [name for name in FAMILIES.names() if load_family(name).donor_layout.cross_attention is None]
 ENCODERS = [name for name in ALL_MODEL_TYPES if load_family(name).donor_layout.bidirectional]
 MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
+STORAGE = ("inner", "fused", "fused_order", "fused_blocks", "transposed", "norm_list")  # of a layout
+
+
+def of_each_storage(model_types: list[str]) -> list[str]:
+    """One family for each way of storing heads: for tests of what does not depend on how a family computes with them."""
+    found = {}
+    for name in sorted(model_types, key=lambda name: (name not in ("llama", "gpt2"), name)):
+        layout = load_family(name).donor_layout
+        used = (getattr(layout, field, None) for field in STORAGE)
+        kind = (value if isinstance(value, tuple | int) else bool(value) for value in used)
+        found.setdefault((layout.key_value_heads_field is None, layout.norm_weights, *kind), name)
+    return sorted(found.values())
+
+
 NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
@@ -96,7 +110,7 @@ def tiny_donor(
     with torch.no_grad():
         for name, parameter in donor.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or ".ln_" in name else 0.25 * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else 0.25 * noise)
     return donor
 
 

@@ -15,9 +15,42 @@ from ..human_units import human_bytes, human_count
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..staging import check_output
+from ..workflow.search_plan import FoundPlan
 from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
-from .plan_options import PlanFile, SharedInit, SharedLayers, ShareEvery, Sharing, asked_plan, parsed_layers, read_plan
+from .plan_options import (
+    ConvertEncoder,
+    PlanFile,
+    SharedInit,
+    SharedLayers,
+    ShareEvery,
+    Sharing,
+    asked_plan,
+    parsed_layers,
+    read_plan,
+)
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
+from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
+
+
+METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
+
+
+KEY_VALUE_ROWS = (
+    ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
+    ("cache per token", cache_in_words),
+)
+ENCODER_ROWS = (
+    ("KV heads, cross-attention", lambda side: heads_in_words(side["num_key_value_heads_cross"])),
+    ("KV heads, encoder", lambda side: heads_in_words(side["num_key_value_heads_encoder"])),
+    ("cache per token read", lambda side: human_bytes(side["cache_bytes_per_encoder_token"])),
+)
+ROWS = (
+    ("query heads", lambda side: str(side["num_attention_heads"])),
+    ("parameters", lambda side: human_count(side["parameters"])),
+    ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
+    ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
+    ("model type", lambda side: side["model_type"]),
+)
 
 
 def convert(
@@ -26,13 +59,17 @@ def convert(
     num_key_value_heads: int | None = typer.Option(
         None, help="KV heads of every layer of the student; 1 is multi-query. With --sharing, by default the donor's."
     ),
-    method: str = typer.Option("mean_pool", help=f"Conversion methods, comma-separated: {', '.join(METHODS.names())}."),
+    method: str = typer.Option("mean_pool", help=METHOD_HELP),
     export: str = typer.Option("auto", help=f"How to export: {', '.join(EXPORTS)}."),
     sharing: Sharing = "own",
     shared_layers: SharedLayers = None,
     share_every: ShareEvery = None,
     shared_init: SharedInit = "own",
     plan_file: PlanFile = None,
+    layer_heads: LayerHeads = None,
+    kv_budget: KvBudget = None,
+    cache_budget: CacheBudget = None,
+    convert_encoder: ConvertEncoder = False,
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
     calibration: CalibrationFiles = None,
     calibration_tokens: CalibrationTokens = None,
@@ -58,19 +95,28 @@ def convert(
             "shared_init": shared_init,
             "export": export,
             "seed": seed,
+            "layer_plan": rows_of_layers(layer_heads),
+            "convert_encoder": convert_encoder,
         }
-        plan = read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
+        wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
+        plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
+        text, known, found = (calibration or [], calibration_tokens, seed, save_calibration), None, None
+        if wanted is not None:
+            known = _calibration(opened, *text)
+            found = wanted.search(opened, known)
+            plan = found.plan
         explanation = explain(opened, plan, choose_target(opened, plan))
+        choice = None if found is None else found.to_dict()
         if not json:
-            print_explanation(explanation, output)
+            _print_plan(explanation, output, found)
         if not dry_run:
-            known = _calibration(opened, calibration or [], calibration_tokens, seed, save_calibration)
-            convert_checkpoint(opened, output, plan, calibration=known, overwrite=overwrite)
+            known = known or _calibration(opened, *text)
+            convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     if json:
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run})
+        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run, "choice": choice})
     elif dry_run:
         console().print("Nothing was written (--dry-run).")
     else:
@@ -90,18 +136,16 @@ def _calibration(donor: Donor, files: list[str], tokens: int | None, seed: int, 
     return made
 
 
+def _print_plan(explanation: Explanation, output: Path, found: FoundPlan | None) -> None:
+    if found is not None:
+        print_search(found)
+    print_explanation(explanation, output)
+
+
 def print_explanation(explanation: Explanation, output: Path) -> None:
     before, after = explanation.before, explanation.after
     table = Table("", "donor", "student", title=f"{explanation.donor} -> {output}", title_justify="left")
-    for name, describe in (
-        ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
-        ("query heads", lambda side: str(side["num_attention_heads"])),
-        ("cache per token", cache_in_words),
-        ("parameters", lambda side: human_count(side["parameters"])),
-        ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
-        ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
-        ("model type", lambda side: side["model_type"]),
-    ):
+    for name, describe in (*KEY_VALUE_ROWS, *(ENCODER_ROWS if "num_key_value_heads_encoder" in before else ()), *ROWS):
         table.add_row(name, describe(before), describe(after))
     out = console()
     out.print(table)

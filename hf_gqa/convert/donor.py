@@ -279,6 +279,7 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
+    _check_sites(where, model, family, attention_sites(layout, config))
     dropped = _check_tensors(where, model, f"{model_class.base_model_prefix}.", tensors)
     return Donor(
         name=name,
@@ -292,6 +293,18 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         tensors=tensors,
         dropped=dropped,
     )
+
+
+def _check_sites(where: str, model: PreTrainedModel, family: Family, sites: tuple[AttentionSite, ...]) -> None:
+    """Refuse a part of an encoder-decoder."""
+    below = {name for name, _ in model.base_model.named_modules()}
+    missing = [site for site in sites if site.path not in below]
+    if missing and family.donor_layout.cross_attention is not None:
+        raise Refusal(
+            f"{where}: {type(model).__name__} is a part of a '{family.model_type}' and has no {missing[0].path}; hf_gqa converts "
+            f"encoder and decoder together. Use a donor of class "
+            f"{', '.join(sorted(native.__name__ for native in family.own_classes))}."
+        )
 
 
 def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
@@ -319,7 +332,8 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
             f"Load the donor with its own class and save it again, so that only its tensors remain."
         )
     tied = {name.removeprefix(prefix) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
-    missing = sorted(expected.keys() - stored.keys() - tied)
+    computed = re.compile("|".join(n.removeprefix(prefix) for n in model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
+    missing = [name for name in sorted(expected.keys() - stored.keys() - tied) if not computed.search(name)]
     if missing:
         raise Refusal(
             f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "

@@ -10,6 +10,7 @@ from ..refusal import Refusal
 from ..registry import Registry
 from ..runtime import planned_model
 from ..runtime.attention_layout import AttentionLayout
+from .unsupported import reason_against
 
 
 FAMILIES = Registry("hf_gqa.runtime", "family", "DONOR_LAYOUT", prefix="modeling_gqa_")
@@ -82,10 +83,7 @@ def family_of(model_type: str, where: str) -> Family:
     name = str(model_type).removeprefix("gqa_")
     known = FAMILIES.names()
     if name not in known:
-        raise Refusal(
-            f"{where}: model_type = {model_type!r} is not a family that hf_gqa converts; it does not guess how unknown "
-            f"attention stores its heads. Known: {', '.join(known)}."
-        )
+        raise Refusal(f"{where}: model_type = {model_type!r} {reason_against(name, known)}")
     return load_family(name)
 
 

@@ -37,7 +37,7 @@ class LayerRun:
         self.base, self.layout = model.base_model, layout
         self.layers_path = re.match(r"(.*?)\.\{layer_idx\}", layout.attention)[1]
         layers = self.base.get_submodule(self.layers_path)
-        recorders = nn.ModuleList(_Recorder() for _ in layers)
+        recorders = nn.ModuleList(_Recorder(layer) for layer in layers)
         around = copy.deepcopy(self.base, {id(layers): recorders}).float().eval()
         self.embedded: Batches = []
         self.arguments: list[list[tuple[tuple, dict]]] = []
@@ -173,6 +173,11 @@ def _mask_of(attention: nn.Module, candidates: list, inputs_BLE: torch.Tensor) -
 
 class _Recorder(nn.Module):
     """Stands in for a layer: keeps what it is called with, and computes nothing."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        if hasattr(layer, "attention_type"):  # by which ModernBERT chooses a layer's mask and rotation
+            self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self.hidden_states, self.arguments = hidden_states.detach(), (args, kwargs)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..convert.calibration import Calibration, calibrate, fingerprint
+from ..convert.calibration import Calibration, calibrate, check_decoder, fingerprint
 from ..convert.donor import Donor
 from ..convert.student import load_tokenizer
 from ..refusal import Refusal
@@ -38,6 +38,7 @@ def make_calibration(
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
+    check_decoder(donor)
     if any(Path(file).suffix == SAVED for file in files):
         if len(files) > 1:
             raise Refusal(f"calibration: {SAVED} files are calibrations of their own. Give one, or text files.")

@@ -142,9 +142,9 @@ def numbers_with_encoder(donor: Donor, heads: list[int], dtype: torch.dtype) -> 
 
 def _changed_parameters(donor: Donor, heads: list[int]) -> int:
     """How many more than the donor has."""
-    biases = sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value))
+    further = sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value)) + _has_own_norms(donor)
     rows = zip(donor.sites, heads, donor.num_key_value_heads, strict=True)
-    return sum((after - before) * site.head_dim * (2 * donor.config.hidden_size + biases) for site, after, before in rows)
+    return sum((after - before) * site.head_dim * (2 * donor.config.hidden_size + further) for site, after, before in rows)
 
 
 def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, after: dict) -> list[str]:
@@ -171,6 +171,11 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, a
 def _has_bias(donor: Donor, projection: str) -> bool:
     ending = f".{donor.layout.fused or projection}.bias"
     return any(name.endswith(ending) for names in donor.tensors.shards.values() for name in names)
+
+
+def _has_own_norms(donor: Donor) -> bool:
+    """Whether each KV head has weights of its own in the norm on keys."""
+    return donor.has_head_norms and donor.layout.norm_weights != "shared"
 
 
 def stored_dtype(donor: Donor) -> torch.dtype:
