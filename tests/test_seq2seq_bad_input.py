@@ -50,7 +50,9 @@ def test_what_the_decoder_has_not_is_refused(model_type):
         convert(donor, num_key_value_heads=3)
     with pytest.raises(Refusal, match=r"num_key_value_heads = 8 is more than the 4 KV heads"):
         convert(donor, num_key_value_heads=8)
-    with pytest.raises(Refusal, match=rf"export = native: a native {model_type} has as many KV heads as query heads\. "):
+    with pytest.raises(
+        Refusal, match=rf"export = native: a native {model_type} has as many KV heads as query heads\. "
+    ):
         convert(donor, num_key_value_heads=2, export="native")
 
 
@@ -90,7 +92,9 @@ def test_table_that_does_not_fit_is_refused():
     with pytest.raises(StrictDataclassError, match=r"layer_plan: 2 rows for 6 attentions\. Give one row each\."):
         GQAT5Config(**shape, layer_plan=[{"num_key_value_heads": 2}] * 2)
     rows = [{"num_key_value_heads": 4}] * 5 + [{"num_key_value_heads": 3}]
-    with pytest.raises(StrictDataclassError, match=r"row of encoder\.block\.1\.layer\.0\.SelfAttention: .*3 does not divide its 4"):
+    with pytest.raises(
+        StrictDataclassError, match=r"row of encoder\.block\.1\.layer\.0\.SelfAttention: .*3 does not divide its 4"
+    ):
         GQAT5Config(**shape, layer_plan=rows)
 
 
@@ -133,7 +137,10 @@ def test_native_whisper_with_fewer_heads_is_silently_wrong_and_the_oracle_sees_i
 
 def test_what_looks_at_one_text_or_one_cache_is_refused(tmp_path):
     seq2seq_donor("t5").save_pretrained(tmp_path / "donor")
-    with pytest.raises(Refusal, match=r"^recommend: 'donor' is an encoder-decoder with two caches, and this weighs one\."):
+    with pytest.raises(
+        Refusal, match=r"^recommend: 'donor' is an encoder-decoder with two caches, and this weighs one\."
+    ):
         recommend(open_donor(tmp_path / "donor"), Wanted(context_tokens=64, batch_size=1, decode_speedup=1.5))
+    (tmp_path / "text.txt").write_text("some text")
     with pytest.raises(Refusal, match=r"T5ForConditionalGeneration"):
-        evaluate(tmp_path / "donor", tmp_path / "donor")
+        evaluate(tmp_path / "donor", tmp_path / "donor", text=(str(tmp_path / "text.txt"),))

@@ -110,7 +110,7 @@ def test_command_line_explains_and_converts_the_encoder_if_asked(tmp_path):
     after = json.loads(as_json.stdout)["after"]
     assert after["num_key_value_heads_encoder"] == after["num_key_value_heads_cross"] == [1, 1]
     assert after["cache_bytes_per_token"] == after["cache_bytes_per_encoder_token"] == 2 * 2 * 8 * 4
-    stored = [t for t in load_file(tmp_path / "student" / "model.safetensors").values()]
+    stored = list(load_file(tmp_path / "student" / "model.safetensors").values())
     assert after["weight_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in stored)
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "student")])
     assert shown.exit_code == 0 and "for each token that is read" in shown.output

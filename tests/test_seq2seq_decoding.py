@@ -56,9 +56,7 @@ def test_cached_steps_equal_uncached_forward(model_type, attention, kind):
     with torch.no_grad():
         for size in CHUNKS:
             piece = tokens[:, done : done + size]
-            output = student(
-                **encoder_inputs(student), decoder_input_ids=piece, past_key_values=caches, use_cache=True
-            )
+            output = student(**encoder_inputs(student), decoder_input_ids=piece, past_key_values=caches, use_cache=True)
             pieces.append(output.logits)
             done += size
     assert_close(torch.cat(pieces, dim=1), logits_of(student))
@@ -115,7 +113,7 @@ def test_cache_bytes_are_those_of_the_sites(model_type, num_key_value_heads):
     sites = sites_of(student)
     heads = [4 if site.kind == "encoder" else num_key_value_heads for site in sites]
     computed = cache_bytes_by_kind(sites, heads, student.dtype)
-    assert computed == {kind: 2 * 2 * num_key_value_heads * 8 * 4 for kind in ("self", "cross")}
+    assert computed == dict.fromkeys(("self", "cross"), 2 * 2 * num_key_value_heads * 8 * 4)
     measured = cache_bytes_by_kind_measured(student, **encoder_inputs(student), decoder_input_ids=decoder_tokens())
     assert measured == computed
 

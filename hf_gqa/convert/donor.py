@@ -21,6 +21,7 @@ from ..runtime.attention_layout import AttentionLayout
 from ..runtime.attention_sites import ENCODER, AttentionSite, attention_sites
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
+from .donor_sites import check_heads, check_is_whole, key_value_heads
 from .families import Family, family_of, native_class
 
 
@@ -73,7 +74,7 @@ class Donor:
     @property
     def num_key_value_heads(self) -> list[int]:
         """Of each attention: without an encoder, of each layer."""
-        return _key_value_heads(self.config, self.layout)
+        return key_value_heads(self.layout, self.config)
 
     @property
     def cached_key_value_heads(self) -> list[int]:
@@ -262,12 +263,7 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
             f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
             f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
         )
-    for site, heads in zip(attention_sites(layout, config), _key_value_heads(config, layout), strict=True):
-        if heads < 1 or site.num_attention_heads % heads:
-            raise Refusal(
-                f"{where}: {heads} KV heads do not divide num_attention_heads = {site.num_attention_heads}, so no model "
-                f"of this configuration can run. Correct config.json."
-            )
+    check_heads(where, config, layout)
     try:
         plain = copy.deepcopy(config)
         plain._attn_implementation = (
@@ -279,7 +275,7 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    _check_sites(where, model, family, attention_sites(layout, config))
+    check_is_whole(where, model, family)
     dropped = _check_tensors(where, model, f"{model_class.base_model_prefix}.", tensors)
     return Donor(
         name=name,
@@ -293,18 +289,6 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         tensors=tensors,
         dropped=dropped,
     )
-
-
-def _check_sites(where: str, model: PreTrainedModel, family: Family, sites: tuple[AttentionSite, ...]) -> None:
-    """Refuse a part of an encoder-decoder."""
-    below = {name for name, _ in model.base_model.named_modules()}
-    missing = [site for site in sites if site.path not in below]
-    if missing and family.donor_layout.cross_attention is not None:
-        raise Refusal(
-            f"{where}: {type(model).__name__} is a part of a '{family.model_type}' and has no {missing[0].path}; hf_gqa converts "
-            f"encoder and decoder together. Use a donor of class "
-            f"{', '.join(sorted(native.__name__ for native in family.own_classes))}."
-        )
 
 
 def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
@@ -332,7 +316,9 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
             f"Load the donor with its own class and save it again, so that only its tensors remain."
         )
     tied = {name.removeprefix(prefix) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
-    computed = re.compile("|".join(n.removeprefix(prefix) for n in model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
+    computed = re.compile(
+        "|".join(n.removeprefix(prefix) for n in model._keys_to_ignore_on_load_missing or ()) or r"(?!)"
+    )
     missing = [name for name in sorted(expected.keys() - stored.keys() - tied) if not computed.search(name)]
     if missing:
         raise Refusal(
@@ -356,15 +342,6 @@ def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkp
             f"{where}: '{name}' is stored as {tensors.dtype(name)}, which looks quantized. "
             f"Convert the original weights (F64, F32, F16 or BF16)."
         )
-
-
-def _key_value_heads(config: PretrainedConfig, layout: AttentionLayout) -> list[int]:
-    plan = getattr(config, "layer_plan", None)
-    if plan is not None:
-        return [row["num_key_value_heads"] for row in plan]
-    if layout.key_value_heads_field is None:
-        return [site.num_attention_heads for site in attention_sites(layout, config)]
-    return [getattr(config, layout.key_value_heads_field)] * getattr(config, layout.num_layers_field)
 
 
 def _first_value(mapping) -> str:

@@ -113,7 +113,7 @@ class _Surgery:
         self.prefix = f"{donor.model_class.base_model_prefix}."
         self.borrowed = borrowed_pattern(target.rows, target.layout)
         self.tied = tied_parameters(target)
-        self.attention = {row_idx: path for row_idx, path in map(self.places.get, self.names & self.places.keys())}
+        self.attention = dict(map(self.places.get, self.names & self.places.keys()))
         self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
 
     def student_tensors(self, name: str) -> dict[str, torch.Tensor]:

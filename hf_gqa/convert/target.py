@@ -69,7 +69,9 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
             f"Convert its donor, with a plan that says all of it."
         )
     if plan.convert_encoder:
-        raise Refusal(f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out.")
+        raise Refusal(
+            f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out."
+        )
     types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
     rows = plan.rows(donor.num_key_value_heads, types)
     pairs = zip(donor.num_key_value_heads, (row.num_key_value_heads for row in rows), strict=False)

@@ -144,7 +144,9 @@ def _changed_parameters(donor: Donor, heads: list[int]) -> int:
     """How many more than the donor has."""
     further = sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value)) + _has_own_norms(donor)
     rows = zip(donor.sites, heads, donor.num_key_value_heads, strict=True)
-    return sum((after - before) * site.head_dim * (2 * donor.config.hidden_size + further) for site, after, before in rows)
+    return sum(
+        (after - before) * site.head_dim * (2 * donor.config.hidden_size + further) for site, after, before in rows
+    )
 
 
 def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, after: dict) -> list[str]:

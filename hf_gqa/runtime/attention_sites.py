@@ -37,7 +37,9 @@ def attention_sites(layout: AttentionLayout, config) -> tuple[AttentionSite, ...
     if layout.cross_attention is not None:
         sites += _stack(layout.cross_attention, CROSS, layers, heads, config)
         layers = getattr(config, layout.num_encoder_layers_field)
-        sites += _stack(layout.encoder_attention, ENCODER, layers, getattr(config, layout.num_encoder_heads_field), config)
+        sites += _stack(
+            layout.encoder_attention, ENCODER, layers, getattr(config, layout.num_encoder_heads_field), config
+        )
     return sites
 
 

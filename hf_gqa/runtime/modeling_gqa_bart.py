@@ -1,7 +1,13 @@
 """BART with the KV heads its plan gives each attention of encoder and decoder; learned positions."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import BartConfig, BartForConditionalGeneration, BartForQuestionAnswering, BartForSequenceClassification, BartModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForQuestionAnswering,
+    BartForSequenceClassification,
+    BartModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward
 

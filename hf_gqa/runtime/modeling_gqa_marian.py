@@ -1,7 +1,7 @@
 """Marian with the KV heads its plan gives each attention of encoder and decoder; translation, sinusoidal positions."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import MarianConfig, MarianMTModel, MarianModel
+from transformers import MarianConfig, MarianModel, MarianMTModel
 from transformers.generation import GenerationMixin
 from transformers.models.marian.modeling_marian import MarianAttention, eager_attention_forward
 

@@ -1,7 +1,13 @@
 """mBART with the KV heads its plan gives each attention of encoder and decoder; norms before each block."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import MBartConfig, MBartForConditionalGeneration, MBartForQuestionAnswering, MBartForSequenceClassification, MBartModel
+from transformers import (
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartForQuestionAnswering,
+    MBartForSequenceClassification,
+    MBartModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.mbart.modeling_mbart import MBartAttention, eager_attention_forward
 

@@ -8,7 +8,6 @@ from transformers.models.mt5 import modeling_mt5
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
-from .planned_model import PlannedModel
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 

@@ -8,7 +8,6 @@ from transformers.models.umt5 import modeling_umt5
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
-from .planned_model import PlannedModel
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 
@@ -28,7 +27,9 @@ DONOR_LAYOUT = AttentionLayout(
 )
 
 
-DEFAULT_ATTENTION = NAME if UMT5Model._supports_sdpa else "eager"  # older releases of transformers know no other for UMT5
+DEFAULT_ATTENTION = (
+    NAME if UMT5Model._supports_sdpa else "eager"
+)  # older releases of transformers know no other for UMT5
 
 
 @strict
@@ -42,9 +43,7 @@ class GQAUMT5Attention(PlannedT5Attention, modeling_umt5.UMT5Attention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(getattr(modeling_umt5, "eager_attention_forward", eager_attention_with_bias))
 
-    def forward(
-        self, hidden_states, encoder_hidden_states=None, past_key_values=None, attention_mask=None, **kwargs
-    ):
+    def forward(self, hidden_states, encoder_hidden_states=None, past_key_values=None, attention_mask=None, **kwargs):
         """The output `[B, Q, E]`, and the attention weights where there are any."""
         output, _, weights = super().forward(
             hidden_states, attention_mask, encoder_hidden_states, past_key_values=past_key_values, **kwargs

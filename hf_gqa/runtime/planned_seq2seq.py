@@ -46,9 +46,7 @@ class PlannedSeq2SeqAttention:
         if not hasattr(native, "config"):  # older releases of transformers
             native.config = config
 
-    def forward(
-        self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
-    ):
+    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
         """The output `[B, Q, E]`, and the attention weights where there are any."""
         query, key, value = self.query_key_value(hidden_states, key_value_states, past_key_values)
         return self.mix(query, key, value, attention_mask, **kwargs)
