@@ -25,19 +25,7 @@ def seq2seq_report() -> Report:
         kind="seq2seq",
         donor=replace(report.donor, **kind, **before, **heads | {"cross_num_key_value_heads": (8,) * 6}),
         student=replace(report.student, **kind, **cross, **heads),
-        by_source_length=tuple(
-            SourceLengthLoss(
-                first_source_tokens=first,
-                last_source_tokens=last,
-                pairs=211 + last,
-                tokens=7 * last + 113,
-                donor_loss_nats_per_token=2.91 + first / 1000,
-                student_loss_nats_per_token=3.02 + first / 400,
-                kl_nats_per_token=0.121,
-                difference=Interval(value=0.11 + first / 700, low=0.0913 + first / 700, high=0.134 + first / 700),
-            )
-            for first, last in ((17, 32), (33, 64), (65, 119))
-        ),
+        by_source_length=tuple(_source_length(*lengths) for lengths in ((17, 32), (33, 64), (65, 119))),
         rouge=tuple(
             Rouge(
                 metric=metric,
@@ -54,6 +42,19 @@ def seq2seq_report() -> Report:
             Continuation(prompt="A <b>source</b>", donor="It ends.", student="It ended.", reference="The end."),
         ),
         text=replace(report.text, stride_tokens=None, targets=722, truncated_sources=19),
+    )
+
+
+def _source_length(first: int, last: int) -> SourceLengthLoss:
+    return SourceLengthLoss(
+        first_source_tokens=first,
+        last_source_tokens=last,
+        pairs=211 + last,
+        tokens=7 * last + 113,
+        donor_loss_nats_per_token=2.91 + first / 1000,
+        student_loss_nats_per_token=3.02 + first / 400,
+        kl_nats_per_token=0.121,
+        difference=Interval(value=0.11 + first / 700, low=0.0913 + first / 700, high=0.134 + first / 700),
     )
 
 

@@ -80,12 +80,7 @@ def read_documents(
         sha256.update(f"{len(text.encode())} ".encode() + text.encode())
         left = left - len(ids) if left is not None else None
     tokens = sum(len(ids) - unscored for ids in kept)
-    if not tokens or (tokens < context_tokens and not for_encoder):
-        where = source.dataset_name or ", ".join(source.train_file)
-        raise Refusal(
-            f"{where}: holds {tokens:,} tokens, fewer than one window of context_length = {context_tokens:,}. Give more text, "
-            f"or a shorter --context-length."
-        )
+    _check_enough(source, tokens, 1 if for_encoder else context_tokens)
     if left is not None and left <= 0:
         notes.append(f"Only the first {tokens:,} tokens of the text were scored (max_tokens).")
     if unscored:
@@ -98,6 +93,15 @@ def read_documents(
         fingerprint=sha256.hexdigest(),
         notes=tuple(notes),
     )
+
+
+def _check_enough(source: TextSource, tokens: int, least: int) -> None:
+    if tokens < least:
+        where = source.dataset_name or ", ".join(source.train_file)
+        raise Refusal(
+            f"{where}: holds {tokens:,} tokens, fewer than one window of context_length = {least:,}. Give more text, "
+            f"or a shorter --context-length."
+        )
 
 
 def sampled_documents(

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..refusal import Refusal
@@ -75,12 +74,7 @@ def read_seq2seq_text(
             truncated += 1
             source_ids = tokenizer(pair.source, truncation=True, max_length=source_tokens)["input_ids"]
         for reference in pair.references:
-            target_ids = tokenizer(text_target=reference, verbose=False)["input_ids"]
-            if target_tokens is not None and len(target_ids) > target_tokens:
-                raise Refusal(
-                    f"text: the target {reference!r:.60} has {len(target_ids):,} tokens, the decoder has positions for "
-                    f"{target_tokens:,}. Shorten it, or leave the row out."
-                )
+            target_ids = _target_ids(tokenizer, reference, target_tokens)
             rows.append(TokenPair(pair=len(kept), source_ids=tuple(source_ids), target_ids=tuple(target_ids)))
             left = left - len(target_ids) if left is not None else None
         kept.append(pair)
@@ -105,7 +99,11 @@ def read_seq2seq_text(
     )
 
 
-def source_lengths(text: Seq2SeqText) -> np.ndarray:
-    """Tokens of each pair's source, as it is read."""
-    found = {row.pair: len(row.source_ids) for row in text.rows}
-    return np.array([found[pair] for pair in range(len(text.pairs))])
+def _target_ids(tokenizer: PreTrainedTokenizerBase, reference: str, most: int | None) -> list[int]:
+    ids = tokenizer(text_target=reference, verbose=False)["input_ids"]
+    if most is not None and len(ids) > most:
+        raise Refusal(
+            f"text: the target {reference!r:.60} has {len(ids):,} tokens, the decoder has positions for {most:,}. Shorten "
+            f"it, or leave the row out."
+        )
+    return ids
