@@ -14,6 +14,7 @@ from ..convert.cache_bytes import (
     cache_bytes_per_token_beyond_window,
     cache_bytes_per_token_computed,
     cache_bytes_per_token_measured,
+    cached_heads,
     key_value_heads,
 )
 from .bootstrap import Bootstrap
@@ -58,7 +59,7 @@ def loss_facts(losses_N: np.ndarray, text_bytes: int | None) -> dict:
 
 def cache_facts(model: PreTrainedModel) -> dict:
     """Fields of `ModelFacts`: the cache of a decoder-only model."""
-    config, heads = model.config, key_value_heads(model.config)
+    config, heads = model.config, cached_heads(model.config)
     return {
         "cache_bytes_per_token_computed": cache_bytes_per_token_computed(config, heads, model.dtype),
         "cache_bytes_per_token_measured": cache_bytes_per_token_measured(model),

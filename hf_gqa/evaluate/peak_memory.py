@@ -50,8 +50,8 @@ def peak_memory_bytes(
     Raises:
         Refusal: the process failed, as it does when memory runs out.
     """
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and sys.platform != "linux"):
+    where = torch.device(device).type
+    if where not in ("cpu", "cuda") or (where == "cpu" and sys.platform != "linux"):
         return None
     arguments = {
         "folder": str(folder),
