@@ -45,7 +45,7 @@ def deep_donor(model_type: str, **changes) -> PreTrainedModel:
         for name, value in SPECIAL.get(model_type, {}).items()
         if isinstance(value, list) and len(value) == NUM_LAYERS
     }
-    return tiny_donor(model_type, num_hidden_layers=DEPTH, **per_layer | changes)
+    return tiny_donor(model_type, **{"num_hidden_layers": DEPTH} | per_layer | changes)
 
 
 def sharing_student(model_type: str, plan: str, attention: str = "sdpa", **changes) -> PreTrainedModel:
