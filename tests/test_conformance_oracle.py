@@ -19,12 +19,12 @@ from .test_conformance import (
     assert_close_for_float32,
     cached_head_counts,
     every_export,
-    every_family,
+    every_model,
     grouped_donor,
     has_native_gqa,
     logits_of,
 )
-from .tiny_donors import tiny_donor, tokens_and_mask
+from .tiny_donors import NUM_ATTENTION_HEADS, tiny_donor, tokens_and_mask, use_attention
 
 
 HEAD_COUNTS = [(4, 2), (4, 1), (2, 1)]
@@ -38,11 +38,32 @@ VARIANTS = [
     ("qwen3", {"attention_bias": True, "use_sliding_window": False, "layer_types": None}),
     ("gemma3_text", {"attention_bias": True, "query_pre_attn_scalar": 7}),
     ("gemma3_text", {"use_bidirectional_attention": True}),
+    ("starcoder2", {"use_bias": False, "sliding_window": None}),
+    ("phi", {"qk_layernorm": False}),
+    ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0}}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}}),
+    ("gemma", {"attention_bias": True, "use_bidirectional_attention": True}),
+    ("gemma", {"head_dim": 16}),
+    ("gemma2", {"attention_bias": True, "attn_logit_softcapping": None, "head_dim": 16}),
+    ("gemma2", {"use_bidirectional_attention": True}),
+    ("olmo2", {"attention_bias": True}),
+    ("mixtral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen3_moe", {"attention_bias": True, "mlp_only_layers": [0]}),
+    ("stablelm", {"qk_layernorm": False, "use_parallel_residual": True}),
+    ("granite", {"attention_bias": True, "mlp_bias": True}),
+    ("cohere", {"use_qk_norm": False, "attention_bias": True}),
+    ("glm4", {"attention_bias": False}),
     ("gpt2", {"n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 1e-3}),
     ("gpt2", {"scale_attn_weights": False}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", {"tie_word_embeddings": False}),
 ]
+
+
+PROJECTION = re.compile(
+    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self)\."
+    r"(c_attn|Wqkv|qkv_proj|k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)$"
+)
 
 
 def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[tuple[int, str, str], torch.Tensor]:
@@ -54,29 +75,56 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
     """
     views = {}
     for name, tensor in tensors.items():
-        match = re.search(r"\.(\d+)\.(?:attn|self_attn)\.(c_attn|k_proj|v_proj)\.(weight|bias)$", name)
+        match = PROJECTION.search(name)
         if match is None:
             continue
         layer_idx, projection, kind = int(match[1]), match[2], match[3]
-        if projection == "c_attn":
-            rows = tensor.detach().movedim(-1, 0)
+        if projection in ("c_attn", "Wqkv"):
+            rows = tensor.detach().movedim(-1, 0) if projection == "c_attn" else tensor.detach()
             _, key, value = rows.split(len(rows) // 3)
             parts = {"key": key, "value": value}
+        elif projection == "qkv_proj":  # Phi-3's, all query heads first
+            query_rows = NUM_ATTENTION_HEADS * head_dim
+            parts = dict(zip(("key", "value"), tensor.detach()[query_rows:].chunk(2), strict=True))
         else:
-            parts = {"key" if projection == "k_proj" else "value": tensor.detach()}
+            parts = {"key" if projection.startswith("k") else "value": tensor.detach()}
         for part, rows in parts.items():
             views[layer_idx, part, kind] = rows.unflatten(0, (-1, head_dim))
     return views
 
 
-def model_key_value_views(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    views = key_value_views(dict(model.named_parameters()), head_dim)
-    assert {(layer, part) for layer, part, _ in views} == {
-        (layer, part) for layer in range(config.num_hidden_layers) for part in ("key", "value")
-    }, "a family with other native names: extend key_value_views"
+OWN_NORMS = {
+    "olmo2": "k_norm",
+    "cohere": "k_norm",
+    "stablelm": "k_layernorm",
+}  # with weights of their own for each head
+
+
+def key_norm_views(
+    tensors: Mapping[str, torch.Tensor], model_type: str, head_dim: int
+) -> dict[tuple[int, str, str], list[torch.Tensor]]:
+    """Views `[D]` of each head's weights by (layer, "key norm", "weight"), in families whose heads have their own."""
+    views = {}
+    for name, tensor in tensors.items():
+        match = re.search(
+            rf"\.(\d+)\.self_attn\.{OWN_NORMS.get(model_type.removeprefix('gqa_'))}\.(?:\w+\.)*weight$", name
+        )
+        if match is not None:
+            rows = tensor.detach().view(-1, head_dim)
+            views.setdefault((int(match[1]), "key norm", "weight"), []).extend(rows)
     return views
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+
+
+def model_key_value_views(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
+    views = key_value_views(dict(model.named_parameters()), head_dim(model))
+    assert {(layer, part) for layer, part, _ in views} == {
+        (layer, part) for layer in range(model.config.num_hidden_layers) for part in ("key", "value")
+    }, "a family with other native names: extend key_value_views"
+    return views | key_norm_views(dict(model.named_parameters()), model.config.model_type, head_dim(model))
 
 
 def mean_of(members: list[torch.Tensor]) -> torch.Tensor:
@@ -104,8 +152,8 @@ def assert_same_logits(student: PreTrainedModel, oracle: PreTrainedModel) -> Non
     """With every attention implementation, with and without padding; what a padding token computes is undefined."""
     real = tokens_and_mask()[1].bool()
     for attention in ATTENTIONS:
-        student.set_attn_implementation(attention)
-        oracle.set_attn_implementation(attention)
+        use_attention(student, attention)
+        use_attention(oracle, attention)
         assert_close_for_float32(logits_of(student), logits_of(oracle))
         assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(oracle, padded=True)[real])
 
@@ -115,7 +163,7 @@ def copies_exactly(config: PretrainedConfig) -> bool:
     return type(config)(**config.to_dict()).to_dict() == config.to_dict()
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("before, after", HEAD_COUNTS)
 @pytest.mark.parametrize("method", ORACLES)
@@ -143,7 +191,7 @@ def test_student_of_a_configuration_variant_equals_oracle(model_type, changes, e
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("part", ["key", "value"])
 def test_oracle_notices_strided_groups_of_one_projection(model_type, export, part, monkeypatch):
@@ -203,7 +251,7 @@ def test_gpt2_variant_without_native_relative_becomes_a_bundle(field, tmp_path):
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 def test_auto_export_is_native_where_the_family_can(model_type):
     donor = tiny_donor(model_type)
     student = convert(donor, num_key_value_heads=2)

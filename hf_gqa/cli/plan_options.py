@@ -50,7 +50,7 @@ def parsed_layers(given: str | None) -> tuple[int, ...] | None:
 
 
 def asked_plan(asked: dict) -> ConversionPlan:
-    if asked["num_key_value_heads"] is None and asked["sharing"] == "own":
+    if asked["num_key_value_heads"] is None and asked["layer_plan"] is None and asked["sharing"] == "own":
         raise Refusal("convert: nothing says what to convert to. Give --num-key-value-heads, --sharing or --plan.")
     return ConversionPlan(**asked)
 

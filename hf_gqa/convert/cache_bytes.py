@@ -18,12 +18,12 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
+from .families import is_encoder
 
 
 GROUP_ELEMENTS, GROUP_BITS = 64, 4  # of quantized caches, unless transformers is told otherwise
-Heads = Sequence[
-    int | tuple[int, int]
-]  # of each layer: KV heads cached, or heads of keys and of values where they differ
+# Of each layer: KV heads cached, or heads of keys and of values where they differ.
+Heads = Sequence[int | tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +108,18 @@ CACHE_CLASSES = {
 
 
 def cache_bytes_per_token_computed(config: PretrainedConfig, num_key_value_heads: Heads, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, while it is inside every layer's window.
+    """Keys and values of one token in all layers, while it is inside every layer's window; nothing for an encoder.
 
     Args:
         config: gives `head_dim`, or `hidden_size` and `num_attention_heads`.
         num_key_value_heads: that each layer caches.
         dtype: of the cache.
     """
+    return 0 if is_encoder(config.model_type) else key_value_bytes_per_token(config, num_key_value_heads, dtype)
+
+
+def key_value_bytes_per_token(config: PretrainedConfig, num_key_value_heads: Heads, dtype: torch.dtype) -> int:
+    """Keys and values that are computed for one token in all layers, kept or not."""
     return sum(map(sum, map(_keys_and_values, num_key_value_heads))) * _head_dim(config) * dtype.itemsize
 
 

@@ -1,5 +1,6 @@
 """Open a donor: a folder, a repository on the Hub, or a model in memory; refuse what we would have to guess about."""
 
+import copy
 import json
 import os
 import re
@@ -12,14 +13,14 @@ import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
-from .families import Family, family_of
+from .families import Family, family_of, native_class
 
 
 CARRIED_FILES = (
@@ -30,7 +31,7 @@ CARRIED_FILES = (
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
 )  # fmt: skip
-REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.masked_bias$"
+REBUILT_BUFFERS = r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn\.masked_bias$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,12 @@ class Donor:
     def num_key_value_heads(self) -> list[int]:
         """Of each layer."""
         return _key_value_heads(self.config, self.layout)
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether queries and keys are normed between projection and score."""
+        switch = self.layout.norm_switch
+        return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
     def head_dim(self) -> int:
@@ -148,7 +155,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
     if empty:
         raise Refusal(f"{where}: '{empty[0]}' is on the meta device and has no values. Load the model first.")
     native = getattr(transformers, type(model).__name__, None)
-    if type(model) not in (native, family.base_class, family.causal_lm_class):
+    if type(model) not in (native, *family.own_classes.values()):
         raise Refusal(
             f"{where}: {type(model).__name__} is not a class of transformers or of hf_gqa; its code may compute something "
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
@@ -218,9 +225,9 @@ def _parse_config(raw: dict, path: Path) -> PretrainedConfig:
 
 def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path) -> type[PreTrainedModel]:
     """The class that `architectures` names, native or ours; a donor that ships code may name what it likes."""
-    own = {model_class.__name__: model_class for model_class in (family.base_class, family.causal_lm_class)}
+    own = {model_class.__name__: model_class for model_class in family.own_classes.values()}
     is_native = config.model_type == family.model_type
-    default = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_native else family.causal_lm_class
+    default = native_class(family.default_class) if is_native else family.default_class
     named = raw.get("architectures") or [default.__name__]
     name = named[0] if isinstance(named, list) and isinstance(named[0], str) else ""
     found = own.get(name) or getattr(transformers, name, None)
@@ -237,6 +244,11 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
 def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
     where = str(folder or name)
     layout = family.layout_of(config.model_type)
+    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise Refusal(
+            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
+            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
+        )
     for heads in set(_key_value_heads(config, layout)):
         if heads < 1 or config.num_attention_heads % heads:
             raise Refusal(
@@ -244,8 +256,12 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
                 f"of this configuration can run. Correct config.json."
             )
     try:
+        plain = copy.deepcopy(config)
+        plain._attn_implementation = (
+            "eager"  # a loaded model may have been given one that its class does not start with
+        )
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(plain)
     except Exception as error:  # whatever the native class raises on values it cannot take
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
@@ -268,9 +284,11 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
 def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
     """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
 
-    A checkpoint may be of the base model or of a head class, with or without `prefix`.
+    A checkpoint may be of the base model or of a head class, with or without `prefix`, and in the layout of the class or
+    in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
     """
-    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    states = [model.state_dict(), revert_weight_conversion(model, model.state_dict())]
+    layouts = [{name.removeprefix(prefix): tuple(t.shape) for name, t in state.items()} for state in states]
     stored = {}
     for name in (name for names in tensors.shards.values() for name in names):
         twin = stored.setdefault(name.removeprefix(prefix), name)
@@ -278,6 +296,7 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
             raise Refusal(
                 f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
             )
+    expected = max(layouts, key=lambda shapes: len(shapes.keys() & stored.keys()))
     rebuilt = re.compile("|".join([REBUILT_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
     extra = sorted(stored.keys() - expected.keys())
     unknown = [stored[name] for name in extra if not rebuilt.search(name)]

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from ..refusal import Refusal
 from ..registry import Registry
 from ..runtime import planned_model
 from ..runtime.attention_layout import AttentionLayout
+from .unsupported import reason_against
 
 
 FAMILIES = Registry("hf_gqa.runtime", "family", "DONOR_LAYOUT", prefix="modeling_gqa_")
@@ -20,14 +22,15 @@ class Family:
     Args:
         donor_layout: of native checkpoints.
         bundle_layout: of checkpoints of our own classes.
-        config_class, base_class, causal_lm_class: our own classes.
+        config_class, base_class: our own classes.
+        head_classes: our own classes with a head, by the name of the Auto class that loads each.
     """
 
     donor_layout: AttentionLayout
     bundle_layout: AttentionLayout
     config_class: type[PretrainedConfig]
     base_class: type[PreTrainedModel]
-    causal_lm_class: type[PreTrainedModel]
+    head_classes: dict[str, type[PreTrainedModel]]
 
     @property
     def model_type(self) -> str:
@@ -37,6 +40,16 @@ class Family:
     def native_config_class(self) -> type[PretrainedConfig]:
         return type(AutoConfig.for_model(self.model_type))
 
+    @property
+    def default_class(self) -> type[PreTrainedModel]:
+        """Of our own classes, that of a donor that does not say which one it is of."""
+        return self.head_classes.get("AutoModelForCausalLM", self.base_class)
+
+    @property
+    def own_classes(self) -> dict[type[PreTrainedModel], type[PreTrainedModel]]:
+        """Native class -> our own that takes its place."""
+        return {native_class(ours): ours for ours in (self.base_class, *self.head_classes.values())}
+
     def layout_of(self, model_type: str) -> AttentionLayout:
         return self.donor_layout if model_type == self.model_type else self.bundle_layout
 
@@ -44,21 +57,23 @@ class Family:
 def load_family(name: str) -> Family:
     module = FAMILIES.module(name)
     donor_layout = module.DONOR_LAYOUT
-
-    def own(mixin: type) -> type:
-        found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c is not mixin]
-        if len(found) != 1:
-            raise TypeError(f"{module.__file__}: a family defines one subclass of {mixin.__name__}, got {len(found)}.")
-        return found[0]
-
-    config_class = own(planned_model.PlannedConfig)
+    config_class = planned_model.own_class(module, planned_model.PlannedConfig)
+    head_classes = planned_model.head_classes(module)
+    for auto_class, head_class in head_classes.items():
+        if not hasattr(transformers, auto_class):
+            raise TypeError(f"{module.__file__}: {head_class.__name__} is named after no Auto class of transformers.")
     return Family(
         donor_layout=donor_layout,
         bundle_layout=donor_layout.unfused(config_class.model_type),
         config_class=config_class,
-        base_class=own(planned_model.PlannedModel),
-        causal_lm_class=own(planned_model.PlannedHead),
+        base_class=planned_model.own_class(module, planned_model.PlannedModel),
+        head_classes=head_classes,
     )
+
+
+def native_class(ours: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that one of our own extends."""
+    return next(c for c in ours.__mro__ if c.__module__.startswith("transformers."))
 
 
 def family_of(model_type: str, where: str) -> Family:
@@ -66,11 +81,14 @@ def family_of(model_type: str, where: str) -> Family:
     name = str(model_type).removeprefix("gqa_")
     known = FAMILIES.names()
     if name not in known:
-        raise Refusal(
-            f"{where}: model_type = {model_type!r} is not a family that hf_gqa converts; it does not guess how unknown "
-            f"attention stores its heads. Known: {', '.join(known)}."
-        )
+        raise Refusal(f"{where}: model_type = {model_type!r} {reason_against(name, known)}")
     return load_family(name)
+
+
+def is_encoder(model_type: str) -> bool:
+    """Whether models of this type, native or ours, keep no cache, because every token looks at all others at once."""
+    name = str(model_type).removeprefix("gqa_")
+    return name in FAMILIES.names() and FAMILIES.get(name).bidirectional
 
 
 def register_families() -> None:
@@ -79,7 +97,8 @@ def register_families() -> None:
         family = load_family(name)
         AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
         AutoModel.register(family.config_class, family.base_class, exist_ok=True)
-        AutoModelForCausalLM.register(family.config_class, family.causal_lm_class, exist_ok=True)
         family.config_class.register_for_auto_class()
         family.base_class.register_for_auto_class("AutoModel")
-        family.causal_lm_class.register_for_auto_class("AutoModelForCausalLM")
+        for auto_class, head_class in family.head_classes.items():
+            getattr(transformers, auto_class).register(family.config_class, head_class, exist_ok=True)
+            head_class.register_for_auto_class(auto_class)

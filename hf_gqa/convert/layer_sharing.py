@@ -22,7 +22,7 @@ Rows = tuple[LayerPlan, ...]
 def borrowed_pattern(rows: Rows, layout: AttentionLayout) -> re.Pattern:
     """Matches names, below the base model, of tensors of what layers borrow instead of computing it."""
     gone = [
-        re.escape(f"{layout.attention.format(layer_idx=layer_idx)}.{module}.")
+        re.escape(f"{layout.mixing_module(layer_idx)}.{module}.")
         for layer_idx, row in enumerate(rows)
         for module in borrowed_modules(row, layout)
     ]
@@ -68,8 +68,8 @@ def lent_heads(
         **{field.name: tied for field in fields(AttentionWeights)},
         **{
             f"{name}{part}": sorted({*tied, *(n for n in columns[f"{name}_from"] if rows[n].query_from is None)})
-            for name in ("key", "value")
-            for part in ("_KDE", "_bias_KD")
+            for name, parts in (("key", ("_KDE", "_bias_KD", "_norm_KD")), ("value", ("_KDE", "_bias_KD")))
+            for part in parts
         },
     }
     members = {n: heads_of(n) for n in sorted({n for layers in using.values() for n in layers})}

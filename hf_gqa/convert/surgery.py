@@ -69,7 +69,7 @@ def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
 def _head_tensor_pattern(donor: Donor) -> re.Pattern:
     """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
     before, _, after = (re.escape(part) for part in donor.layout.attention.partition("{layer_idx}"))
-    heads = "|".join(re.escape(name) for name in head_tensor_names(donor.layout))
+    heads = "|".join(re.escape(name).replace(r"\{head\}", r"\d+") for name in head_tensor_names(donor.layout))
     prefix = re.escape(donor.model_class.base_model_prefix)
     return re.compile(rf"(?P<attention>(?:{prefix}\.)?{before}(?P<layer>\d+){after})\.(?:{heads})")
 

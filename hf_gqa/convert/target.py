@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..runtime.layer_plan import LayerPlan, check_rows
 from .donor import Donor
+from .families import native_class
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
 
@@ -98,7 +98,7 @@ def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> Non
 
 def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:
@@ -141,7 +141,7 @@ def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Ta
         export="native",
         reason=reason,
         config=config,
-        model_class=donor.model_class if same_class else _native_class(donor),
+        model_class=donor.model_class if same_class else native_class(donor.model_class),
         layout=layout,
         rows=rows,
         same_class=same_class,
@@ -171,14 +171,9 @@ def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative
 
 def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
     family = donor.family
-    own_class = {
-        MODEL_MAPPING[family.native_config_class]: family.base_class,
-        MODEL_FOR_CAUSAL_LM_MAPPING[family.native_config_class]: family.causal_lm_class,
-        family.base_class: family.base_class,
-        family.causal_lm_class: family.causal_lm_class,
-    }
+    own_class = family.own_classes | {ours: ours for ours in family.own_classes.values()}
     if donor.model_class not in own_class:
-        allowed = ", ".join(sorted(c.__name__ for c in own_class if c.__module__.startswith("transformers.")))
+        allowed = ", ".join(sorted(native.__name__ for native in family.own_classes))
         raise Refusal(
             f"export: {donor.model_class.__name__} cannot become a bundle, and not a native student either "
             f"({reason}). Use a donor of class {allowed}."
@@ -212,8 +207,3 @@ def _plain(config: PretrainedConfig, config_class: type[PretrainedConfig], **cha
                 f"{transformers.__version__} copies it. Use a newer transformers."
             )
     return copied
-
-
-def _native_class(donor: Donor) -> type[PreTrainedModel]:
-    mapping = MODEL_MAPPING if donor.model_class is donor.family.base_class else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[donor.family.native_config_class]

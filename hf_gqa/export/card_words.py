@@ -3,9 +3,9 @@
 import yaml
 
 from ..evaluate.report import Report
-from ..human_units import human_count
+from ..evaluate.verdict import confidence
+from ..human_units import heads_in_words, human_count
 from ..runtime.layer_plan import LayerPlan
-from .card_tables import confidence, heads_in_words
 from .licence import Licence
 from .markdown import block, code, plain
 from .sharing_words import sharing_notes

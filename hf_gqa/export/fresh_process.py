@@ -1,7 +1,8 @@
 """Run by `verify` in a process of its own, by its path: load a student as a user without hf_gqa would.
 
 Imports nothing of hf_gqa and makes it impossible to import. Argument: a JSON object with `folder`, `trust_remote_code`,
-`dtype`, `model_class` and `logits_file`. Prints one JSON object as its last line.
+`dtype`, `model_class`, `logits_file` and `key_weights`: of an encoder, which has no cache to look into, the names of its
+keys' weights below the base model, layer by layer. Prints one JSON object as its last line.
 """
 
 import json
@@ -10,16 +11,17 @@ import sys
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 
-def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, logits_file: str) -> dict:
+def main(
+    folder: str, trust_remote_code: bool, dtype: str, model_class: str, logits_file: str, key_weights: list[str] | None
+) -> dict:
     transformers.utils.logging.disable_progress_bar()
     native = getattr(transformers, model_class, None)
-    auto = (
-        AutoModel if model_class.endswith("Model") and not model_class.endswith("LMHeadModel") else AutoModelForCausalLM
-    )
-    loader = auto if native is None else native
+    _, has_head, head = model_class.rpartition("For")
+    own = getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel
+    loader = own if native is None else native
     model, loading = loader.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -28,9 +30,10 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
     )
     model.eval()
     tokens, mask = probe(model.config.vocab_size)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if key_weights is None else None
+    cached = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     with torch.no_grad():
-        output = body(model)(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        output = body(model)(tokens, attention_mask=mask, **cached)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
     generated = None
@@ -47,10 +50,21 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),
         "mismatched_keys": sorted(str(key) for key in loading["mismatched_keys"]),
-        "cached_heads": [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
+        "heads": heads_in_weights(model, key_weights)
+        if cache is None
+        else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
         "finite": bool(torch.isfinite(first).all()),
         "generated_tokens": generated,
     }
+
+
+def heads_in_weights(model, key_weights: list[str]) -> list[int]:
+    """KV heads of each layer; a fused projection has the query heads' rows before those of keys and of values."""
+    query_heads = model.config.num_attention_heads
+    head_dim = model.config.hidden_size // query_heads
+    stored = model.base_model.state_dict()
+    heads = [len(stored[name]) // head_dim for name in key_weights]
+    return [(count - query_heads) // 2 if count > query_heads else count for count in heads]
 
 
 def body(model):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from ..convert.bundle_code import foreign_code
 from ..convert.cache_bytes import cached_heads_of
 from ..convert.donor import Donor
-from ..convert.manifest import Manifest, comes_from
+from ..convert.families import family_of, is_encoder
+from ..convert.manifest import MANIFEST_FILE, Manifest, comes_from
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
 from ..refusal import Refusal
@@ -103,6 +104,7 @@ def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_
         "dtype": dtype,
         "model_class": manifest.model_class,
         "logits_file": str(logits_file),
+        "key_weights": _key_weights(manifest),
     }
     run = subprocess.run(
         [sys.executable, "-I", fresh_process.__file__, json.dumps(arguments)],
@@ -118,10 +120,24 @@ def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_
     return json.loads(run.stdout.strip().splitlines()[-1]), None
 
 
+def _key_weights(manifest: Manifest) -> list[str] | None:
+    """Of an encoder: where its keys' weights are, layer by layer."""
+    family = family_of(manifest.donor["model_type"], MANIFEST_FILE)
+    layout = family.bundle_layout if manifest.export == "bundle" else family.donor_layout
+    if not layout.bidirectional:
+        return None
+    layers = range(len(manifest.layer_plan))
+    return [
+        f"{layout.attention.format(layer_idx=layer_idx)}.{layout.fused or layout.key}.weight" for layer_idx in layers
+    ]
+
+
 def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
     wrong_keys = {kind: found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
+    encoder = is_encoder(manifest.donor["model_type"])
     rows = [LayerPlan.from_dict(row) for row in manifest.layer_plan]
-    seen, planned = map(_without_places, (found["cached_heads"], cached_heads_of(rows)))
+    wanted = [row.num_key_value_heads for row in rows] if encoder else cached_heads_of(rows)
+    seen, planned = map(_without_places, (found["heads"], wanted))
     checks = [
         Check(
             name="loads without hf_gqa",
@@ -135,7 +151,7 @@ def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
             or "every key matched",
         ),
         Check(
-            name="KV heads per layer, seen in the cache, equal the plan",
+            name=f"KV heads per layer, seen in the {'weights' if encoder else 'cache'}, equal the plan",
             passed=seen == planned,
             detail=f"{seen}, planned {planned}",
         ),
