@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_donor_made_to_share(model_type, plan, attent
     groups = NUM_ATTENTION_HEADS // rows[0].num_key_value_heads
     tied = student.base_model.tied_layers
     assert found.keys().isdisjoint(tied)
-    tied |= borrowed_norms(type(student.base_model).attention_class.donor_layout, rows)
+    tied = tied | borrowed_norms(type(student.base_model).attention_class.donor_layout, rows)
     for name, gradient in found.items():
         reference = expected[name] + sum(
             expected[other] for other, lender in tied.items() if lender == name and other in expected
