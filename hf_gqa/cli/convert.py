@@ -86,7 +86,8 @@ def convert(
             known = known or _calibration(opened, *text)
             convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     if json:
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run, "choice": choice})
+        said = {} if choice is None else {"choice": choice}
+        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run} | said)
     elif dry_run:
         console().print("Nothing was written (--dry-run).")
     else:
