@@ -36,14 +36,6 @@ def main(
         output = body(model)(tokens, attention_mask=mask, **cached)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
-    generated = None
-    if model.can_generate():
-        generated = (
-            model.generate(
-                tokens[:1], attention_mask=mask[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
-            ).shape[1]
-            - tokens.shape[1]
-        )
     return {
         "class": type(model).__name__,
         "config_class": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).__name__,
@@ -54,8 +46,16 @@ def main(
         if cache is None
         else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
         "finite": bool(torch.isfinite(first).all()),
-        "generated_tokens": generated,
+        "generated_tokens": generated_tokens(model, tokens[:1], mask[:1]),
     }
+
+
+def generated_tokens(model, tokens, mask) -> int | None:
+    """How many of four were generated; None for a model that cannot."""
+    if not model.can_generate():
+        return None
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    return model.generate(tokens, attention_mask=mask, **options).shape[1] - tokens.shape[1]
 
 
 def heads_in_weights(model, key_weights: list[str]) -> list[int]:
