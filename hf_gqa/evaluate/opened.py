@@ -66,7 +66,7 @@ def open_pair(
         )
     if not donor.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
         raise Refusal(f"donor {donor.name}: is a {donor.model_class.__name__}, which predicts no tokens. {ADVICE}")
-    loaded = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=computed)
+    loaded = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype=computed)
     for model in (loaded, opened.model):
         if attn_implementation is not None:
             _set_attention(model, attn_implementation)

@@ -201,7 +201,9 @@ def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: 
 @torch.no_grad()
 def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[LayerPlan], dtype: str) -> torch.Tensor:
     """Logits of the donor, in its own class, whose KV heads are overwritten by what each group becomes."""
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=getattr(torch, dtype)).eval()
+    model = donor.model_class.from_pretrained(
+        donor.folder, config=donor.model_config, dtype=getattr(torch, dtype)
+    ).eval()
     base = model.base_model
     for layer_idx, heads in layer_heads(donor):
         wanted = rows[layer_idx].num_key_value_heads
