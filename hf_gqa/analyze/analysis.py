@@ -64,7 +64,7 @@ class Analysis:
 
     def _load(self) -> PreTrainedModel:
         dtype = "auto" if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
-        model = self.donor.model_class.from_pretrained(self.donor.folder, config=self.donor.config, dtype=dtype)
+        model = self.donor.model_class.from_pretrained(self.donor.folder, config=self.donor.model_config, dtype=dtype)
         return model.eval().requires_grad_(False).to(device_of(self.recipe.device))
 
     @property

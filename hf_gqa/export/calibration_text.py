@@ -69,7 +69,7 @@ def make_calibration(
         raise Refusal(
             f"calibration: a {donor.model_class.__name__} predicts no tokens, so it cannot write its own text. Give text files."
         )
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype="auto").eval()
+    model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
     length = min(MOST_ROW_TOKENS, donor.config.max_position_embeddings)
     if files or dataset:

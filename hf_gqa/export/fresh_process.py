@@ -20,8 +20,7 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     native = getattr(transformers, model_class, None)
     _, has_head, head = model_class.rpartition("For")
-    own = getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel
-    loader = own if native is None else native
+    loader = native or (getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel)
     model, loading = loader.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -29,7 +28,7 @@ def main(
         **({"trust_remote_code": trust_remote_code} if native is None else {}),
     )
     model.eval()
-    tokens, mask = probe(model.config.vocab_size)
+    tokens, mask = probe(model.config.get_text_config().vocab_size)
     cache = DynamicCache(config=model.config) if key_weights is None else None
     cached = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     with torch.no_grad():

@@ -190,7 +190,9 @@ def _check_oracle(donor: Donor, folder: Path, manifest: Manifest, dtype: str, st
     merged_slowly = plan.method in (("mean_pool",), ("first",), ("expand",)) or heads == donor.num_key_value_heads
     if not merged_slowly and any(row.borrows_states or row.parameters_from is not None for row in rows):
         return Check(name=name, passed=None, detail=f"no oracle for layers that share by {','.join(plan.method)}")
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=getattr(torch, dtype)).eval()
+    model = donor.model_class.from_pretrained(
+        donor.folder, config=donor.model_config, dtype=getattr(torch, dtype)
+    ).eval()
     try:
         whose = "" if merged_slowly else f", {put_converted_heads(model, donor, folder, manifest)}"
     except Refusal as refusal:
