@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from hf_gqa import ConversionPlan, Refusal, convert, open_donor
-from hf_gqa.evaluate import evaluate
 from hf_gqa.runtime.modeling_gqa_t5 import GQAT5Config
 from hf_gqa.runtime.modeling_gqa_whisper import GQAWhisperConfig
 from hf_gqa.workflow.recommend import Wanted, recommend
@@ -135,12 +134,9 @@ def test_native_whisper_with_fewer_heads_is_silently_wrong_and_the_oracle_sees_i
         assert_close(wrong, right)
 
 
-def test_what_looks_at_one_text_or_one_cache_is_refused(tmp_path):
+def test_what_weighs_one_cache_is_refused(tmp_path):
     seq2seq_donor("t5").save_pretrained(tmp_path / "donor")
     with pytest.raises(
         Refusal, match=r"^recommend: 'donor' is an encoder-decoder with two caches, and this weighs one\."
     ):
         recommend(open_donor(tmp_path / "donor"), Wanted(context_tokens=64, batch_size=1, decode_speedup=1.5))
-    (tmp_path / "text.txt").write_text("some text")
-    with pytest.raises(Refusal, match=r"T5ForConditionalGeneration"):
-        evaluate(tmp_path / "donor", tmp_path / "donor", text=(str(tmp_path / "text.txt"),))

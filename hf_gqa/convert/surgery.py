@@ -66,9 +66,11 @@ def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
 
 def _head_tensors(donor: Donor) -> dict[str, tuple[int, str]]:
     """Full name of every tensor that can hold heads -> (number of its row, path of its attention)."""
+    paths = (lambda path: [path]) if donor.composite is None else donor.composite.stored_paths
     return {
-        f"{prefix}{site.path}.{name.format(head=head)}": (row_idx, f"{prefix}{site.path}")
+        f"{prefix}{path}.{name.format(head=head)}": (row_idx, f"{prefix}{path}")
         for row_idx, site in enumerate(donor.sites)
+        for path in paths(site.path)
         for prefix in ("", f"{donor.model_class.base_model_prefix}.")
         for name in head_tensor_names(donor.layout)
         for head in range(site.num_attention_heads if "{head}" in name else 1)

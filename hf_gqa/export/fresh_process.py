@@ -21,8 +21,7 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     native = getattr(transformers, model_class, None)
     _, has_head, head = model_class.rpartition("For")
-    own = getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel
-    loader = own if native is None else native
+    loader = native or (getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel)
     model, loading = loader.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -37,9 +36,6 @@ def main(
         output = body(model)(**inputs, **cached)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
-    generated = None
-    if model.can_generate():
-        generated = generated_tokens(model, inputs)
     return {
         "class": type(model).__name__,
         "config_class": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).__name__,
@@ -51,7 +47,7 @@ def main(
         else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for c in caches for layer in c.layers],
         "cached_attentions": sum(len(c.layers) for c in caches) if len(caches) == 2 else None,
         "finite": bool(torch.isfinite(first).all()),
-        "generated_tokens": generated,
+        "generated_tokens": generated_tokens(model, inputs),
     }
 
 
@@ -69,8 +65,10 @@ def empty_caches(config) -> list[DynamicCache]:
     return [DynamicCache(config=config) for _ in range(2 if config.is_encoder_decoder else 1)]
 
 
-def generated_tokens(model, inputs: dict) -> int:
-    """How many come of asking for four; by the plain loop, which Whisper wraps into one of its own."""
+def generated_tokens(model, inputs: dict) -> int | None:
+    """How many of four were generated, by the plain loop, which Whisper wraps into one of its own; None if it cannot."""
+    if not model.can_generate():
+        return None
     asked = {name: tensor[:1] for name, tensor in inputs.items() if name != "decoder_input_ids"}
     given = 1 if model.config.is_encoder_decoder else asked["input_ids"].shape[1]
     wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -89,7 +87,7 @@ def cached_heads(kept: torch.Tensor | None) -> int:
 
 def probe_inputs(config) -> dict[str, torch.Tensor]:
     """What a model of this configuration reads: an encoder and its decoder the same tokens, or the encoder sound."""
-    tokens, mask = probe(config.vocab_size)
+    tokens, mask = probe(config.get_text_config().vocab_size)
     if not config.is_encoder_decoder:
         return {"input_ids": tokens, "attention_mask": mask}
     if hasattr(config, "num_mel_bins"):  # which is never padded

@@ -130,5 +130,7 @@ class PlannedSeq2SeqModel(PlannedModel):
 class PlannedWholeHead(PlannedHead):
     """Mixin before a native head class that holds encoder and decoder itself, not in a base model (T5)."""
 
-    def put_planned_model(self, config) -> None:
+    def __init__(self, config):
+        super(PlannedHead, self).__init__(config)
         take_over_attentions(self, self.model_class.attention_class, config)
+        self.post_init()
