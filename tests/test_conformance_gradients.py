@@ -39,9 +39,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def key_value_gradients(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return key_value_views(gradients(model, use_cache=False), head_dim)
+    return key_value_views(gradients(model, use_cache=False), model.config)
 
 
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if has_native_gqa(name)])

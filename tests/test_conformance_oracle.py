@@ -45,34 +45,54 @@ VARIANTS = [
 ]
 
 
-def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[tuple[int, str, str], torch.Tensor]:
+PROJECTIONS = "c_attn|k_proj|v_proj|query_key_value|Wqkv|qkv_proj"
+
+
+def key_value_views(
+    tensors: Mapping[str, torch.Tensor], config: PretrainedConfig
+) -> dict[tuple[int, str, str], torch.Tensor]:
     """Views `[K, D, ...]` of keys and values by (layer, "key" or "value", "weight" or "bias"); writing changes the model.
 
     Args:
-        tensors: native names -> parameters, or anything of their shapes. GPT-2's `c_attn` is a Conv1D: the last axis
-            holds query, key and value, each as wide as all query heads.
+        tensors: native names, or those of our own classes -> parameters, or anything of their shapes.
+        config: of the model that they are of.
     """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     views = {}
     for name, tensor in tensors.items():
-        match = re.search(r"\.(\d+)\.(?:attn|self_attn)\.(c_attn|k_proj|v_proj)\.(weight|bias)$", name)
+        match = re.search(rf"\.(\d+)\.(?:\w+\.)+({PROJECTIONS})\.(weight|bias)$", name)
         if match is None:
             continue
         layer_idx, projection, kind = int(match[1]), match[2], match[3]
-        if projection == "c_attn":
-            rows = tensor.detach().movedim(-1, 0)
-            _, key, value = rows.split(len(rows) // 3)
-            parts = {"key": key, "value": value}
+        if projection in ("k_proj", "v_proj"):
+            parts = {"key" if projection == "k_proj" else "value": tensor.detach().unflatten(0, (-1, head_dim))}
         else:
-            parts = {"key" if projection == "k_proj" else "value": tensor.detach()}
-        for part, rows in parts.items():
-            views[layer_idx, part, kind] = rows.unflatten(0, (-1, head_dim))
+            rows = tensor.detach().movedim(-1, 0) if projection in TRANSPOSED.get(config.model_type, ()) else tensor.detach()
+            parts = dict(zip(("query", "key", "value"), FUSED[config.model_type](rows, config, head_dim), strict=True))
+            del parts["query"]
+        for part, view in parts.items():
+            assert view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr(), "a copy changes nothing"
+            views[layer_idx, part, kind] = view
     return views
+
+
+def split_thirds(rows: torch.Tensor, config: PretrainedConfig, head_dim: int) -> list[torch.Tensor]:
+    """All queries, all keys, all values."""
+    return [part.unflatten(0, (-1, head_dim)) for part in rows.chunk(3)]
+
+
+def split_triples(rows: torch.Tensor, config: PretrainedConfig, head_dim: int) -> list[torch.Tensor]:
+    """Query, key and value of each head side by side."""
+    return list(rows.unflatten(0, (-1, 3, head_dim)).unbind(1))
+
+
+FUSED = {"gpt2": split_thirds, "gpt_neox": split_triples}
+TRANSPOSED = {"gpt2": ("c_attn",)}  # Conv1D
 
 
 def model_key_value_views(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    views = key_value_views(dict(model.named_parameters()), head_dim)
+    views = key_value_views(dict(model.named_parameters()), config)
     assert {(layer, part) for layer, part, _ in views} == {
         (layer, part) for layer in range(config.num_hidden_layers) for part in ("key", "value")
     }, "a family with other native names: extend key_value_views"

@@ -15,6 +15,7 @@ from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.checkpoint import SINGLE_FILE, Checkpoint, StateDict
 from hf_gqa.weights.head_tensors import head_tensor_names, read_heads, write_heads
 
+from .test_conformance_oracle import FUSED
 from .tiny_donors import MODEL_TYPES, tiny_donor
 
 
@@ -105,10 +106,12 @@ def test_heads_of_a_donor_project_as_its_modules_do(model_type):
     layout = family.donor_layout
     base = donor.base_model
     attention = base.get_submodule(layout.attention.format(layer_idx=1))
-    heads = read_heads(layout, attention.state_dict().get, config.num_attention_heads, attention.head_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = read_heads(layout, attention.state_dict().get, config.num_attention_heads, head_dim)
     hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0))
     if layout.fused:
-        expected = getattr(attention, layout.fused)(hidden).chunk(3, dim=-1)
+        projected = FUSED[model_type](getattr(attention, layout.fused)(hidden).t(), config, head_dim)
+        expected = [part.flatten(0, 1).t() for part in projected]
     else:
         expected = [getattr(attention, name)(hidden) for name in (layout.query, layout.key, layout.value)]
     weights = (heads.query_HDE, heads.key_KDE, heads.value_KDE)
@@ -116,7 +119,7 @@ def test_heads_of_a_donor_project_as_its_modules_do(model_type):
     for weight, bias, projected in zip(weights, biases, expected, strict=True):
         found = torch.einsum("te,hde->thd", hidden, weight) + (0 if bias is None else bias)
         torch.testing.assert_close(found.flatten(1), projected)
-    mixed = torch.randn(5, config.num_attention_heads, attention.head_dim, generator=torch.Generator().manual_seed(1))
+    mixed = torch.randn(5, config.num_attention_heads, head_dim, generator=torch.Generator().manual_seed(1))
     out = torch.einsum("thd,ehd->te", mixed, heads.output_EHD)
     out = out if heads.output_bias_E is None else out + heads.output_bias_E
     torch.testing.assert_close(out, getattr(attention, layout.output)(mixed.flatten(1)))

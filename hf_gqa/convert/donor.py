@@ -30,7 +30,7 @@ CARRIED_FILES = (
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
 )  # fmt: skip
-REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.masked_bias$"
+REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +250,7 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    dropped = _check_tensors(where, model, f"{model_class.base_model_prefix}.", tensors)
+    dropped = _check_tensors(where, model, family, tensors)
     return Donor(
         name=name,
         folder=folder,
@@ -265,15 +265,22 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
     )
 
 
-def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
+def _check_tensors(
+    where: str, model: PreTrainedModel, family: Family, tensors: Checkpoint | StateDict
+) -> frozenset[str]:
     """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
 
-    A checkpoint may be of the base model or of a head class, with or without `prefix`.
+    A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and under the
+    names that transformers stores or under those of its classes.
     """
-    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def plain(name: str) -> str:
+        return family.own_name(name.removeprefix(f"{model.base_model_prefix}."))
+
+    expected = {plain(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {}
     for name in (name for names in tensors.shards.values() for name in names):
-        twin = stored.setdefault(name.removeprefix(prefix), name)
+        twin = stored.setdefault(plain(name), name)
         if twin != name:
             raise Refusal(
                 f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
@@ -286,7 +293,7 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
             f"{where}: '{unknown[0]}' is no tensor of {type(model).__name__} ({len(unknown)} such tensors). "
             f"Load the donor with its own class and save it again, so that only its tensors remain."
         )
-    tied = {name.removeprefix(prefix) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    tied = {plain(name) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     missing = sorted(expected.keys() - stored.keys() - tied)
     if missing:
         raise Refusal(

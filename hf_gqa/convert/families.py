@@ -21,6 +21,7 @@ class Family:
         donor_layout: of native checkpoints.
         bundle_layout: of checkpoints of our own classes.
         config_class, base_class, causal_lm_class: our own classes.
+        stored_names: name of a tensor in our own class -> in checkpoints of the native class, where they differ.
     """
 
     donor_layout: AttentionLayout
@@ -28,6 +29,7 @@ class Family:
     config_class: type[PretrainedConfig]
     base_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
+    stored_names: dict[str, str]
 
     @property
     def model_type(self) -> str:
@@ -36,6 +38,10 @@ class Family:
     @property
     def native_config_class(self) -> type[PretrainedConfig]:
         return type(AutoConfig.for_model(self.model_type))
+
+    def own_name(self, name: str) -> str:
+        """What a tensor of a native checkpoint is called in our own class."""
+        return next((own for own, stored in self.stored_names.items() if stored == name), name)
 
     def layout_of(self, model_type: str) -> AttentionLayout:
         return self.donor_layout if model_type == self.model_type else self.bundle_layout
@@ -58,6 +64,7 @@ def load_family(name: str) -> Family:
         config_class=config_class,
         base_class=own(planned_model.PlannedModel),
         causal_lm_class=own(planned_model.PlannedHead),
+        stored_names=getattr(module, "STORED_NAMES", {}),
     )
 
 

@@ -113,7 +113,7 @@ class _Surgery:
         """A student tensor stands where the donor has one of its name, else where its layer begins."""
         match = self.head_tensor.fullmatch(name)
         if match is None:
-            return {name: self.target.passed_through(name, self.donor.tensors.get(name))}
+            return {self.student_name(name): self.target.passed_through(name, self.donor.tensors.get(name))}
         layer_idx = int(match["layer"])
         begins = layer_idx not in self.waiting
         if begins:
@@ -121,6 +121,13 @@ class _Surgery:
         waiting = self.waiting[layer_idx]
         here = [new for new in waiting if new == name or (begins and new not in self.names)]
         return {new: waiting.pop(new) for new in here}
+
+    def student_name(self, name: str) -> str:
+        """Of a tensor outside attention: as our own class calls it, or as native checkpoints store it."""
+        family = self.donor.family
+        if self.target.export == "bundle":
+            return family.own_name(name)
+        return family.stored_names.get(name, name)
 
     def converted_layer(self, layer_idx: int, attention: str) -> dict[str, torch.Tensor]:
         heads = self.converted.get(layer_idx)

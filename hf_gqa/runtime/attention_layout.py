@@ -11,12 +11,16 @@ class AttentionLayout:
         model_type: the `model_type` of the configuration whose checkpoints look like this.
         attention: path of a layer's attention below the base model, with `{layer_idx}`.
         query, key, value, output: names of the projections below `attention`.
-        fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
-            `key` and `value` are not names of tensors on disk.
+        fused: name of the one projection that holds query, key and value rows, or None. Then `query`, `key` and
+            `value` are not names of tensors on disk.
+        fused_order: what comes after what in each block of a fused projection.
+        fused_blocks: blocks of a fused projection, each with its share of the heads; None for one block per KV head,
+            which holds the query heads that read it.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
         query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
         output_normed: whether a norm stands between the attention's output and the residual stream.
-        rotary: how rotary pairs lie in head_dim: "halves" (i with i + D/2), or None for no rotary embedding.
+        rotary: how rotary pairs lie in head_dim, or in the part of it that rotates: "halves" (i with i + D/2),
+            "interleaved" (2i with 2i + 1), or None for no rotary embedding.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
         position: the position scheme in words, for people.
@@ -29,6 +33,8 @@ class AttentionLayout:
     value: str = "v_proj"
     output: str = "o_proj"
     fused: str | None = None
+    fused_order: tuple[str, str, str] = ("query", "key", "value")
+    fused_blocks: int | None = 1
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
@@ -43,6 +49,8 @@ class AttentionLayout:
             self,
             model_type=model_type,
             fused=None,
+            fused_order=("query", "key", "value"),
+            fused_blocks=1,
             transposed=self.transposed - {self.fused},
             key_value_heads_field="num_key_value_heads",
         )

@@ -36,6 +36,7 @@ class PlannedAttention:
 
     donor_layout: AttentionLayout
     rotate = None  # the family's (query, key, cos, sin) -> (query, key) as a staticmethod, where it has one
+    eager = staticmethod(eager_attention)  # what "eager" means; a family's own order of operations, where it differs
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
@@ -64,7 +65,7 @@ class PlannedAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         mixed, weights = attention_interface(
             self,
             query,
