@@ -14,6 +14,7 @@ from .test_conformance import (
     every_export,
     every_family,
     has_native_gqa,
+    set_attention,
 )
 from .test_conformance_oracle import key_value_views
 from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask
@@ -47,7 +48,7 @@ def key_value_gradients(model: PreTrainedModel) -> dict[tuple[int, str, str], to
 @pytest.mark.parametrize("num_key_value_heads", [2, 1])
 def test_bundle_has_the_gradients_of_the_native_student(model_type, attention, num_key_value_heads):
     donor = tiny_donor(model_type)
-    donor.set_attn_implementation(attention)
+    set_attention(donor, attention)
     native, bundle = (convert(donor, num_key_value_heads=num_key_value_heads, export=e) for e in ("native", "bundle"))
     expected, found = gradients(native, use_cache=False), gradients(bundle, use_cache=False)
     assert found.keys() == expected.keys()
@@ -62,7 +63,7 @@ def test_bundle_has_the_gradients_of_the_native_student(model_type, attention, n
 def test_gradient_of_a_head_is_the_sum_over_its_copies(model_type, export, attention, num_key_value_heads):
     """The slow reference: a native donor-sized model, in which every query head has its own copy of its KV head."""
     donor = tiny_donor(model_type)
-    donor.set_attn_implementation(attention)
+    set_attention(donor, attention)
     student = convert(donor, num_key_value_heads=num_key_value_heads, export="bundle")
     copies = convert(student, num_key_value_heads=donor.config.num_attention_heads, method="expand", export=export)
     found, expected = key_value_gradients(student), key_value_gradients(copies)
@@ -77,7 +78,7 @@ def test_gradient_of_a_head_is_the_sum_over_its_copies(model_type, export, atten
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_changes_no_gradient(model_type, export, attention, dropout):
     donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, dropout))
-    donor.set_attn_implementation(attention)
+    set_attention(donor, attention)
     student = convert(donor, num_key_value_heads=2, export=export).train()
     torch.manual_seed(0)
     expected = gradients(student)

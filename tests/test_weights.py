@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hf_gqa.convert.families import load_family
-from hf_gqa.convert.relatives import RELATIVES
 from hf_gqa.runtime.attention_layout import AttentionLayout
 from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.checkpoint import SINGLE_FILE, Checkpoint, StateDict
@@ -23,7 +22,6 @@ LAYOUTS: dict[str, AttentionLayout] = {}
 for _name in MODEL_TYPES:
     _family = load_family(_name)
     LAYOUTS |= {layout.model_type: layout for layout in (_family.donor_layout, _family.bundle_layout)}
-LAYOUTS |= {name: RELATIVES.get(name).layout for name in RELATIVES.names()}
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 shapes = given(

@@ -13,6 +13,13 @@ NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
 SPECIAL = {
+    "falcon": {"multi_query": False},
+    "gpt_bigcode": {"multi_query": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4, "n_ctx": 64},
+    "mpt": {"max_seq_len": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
     "mistral": {"sliding_window": 6},
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},

@@ -65,7 +65,7 @@ class Donor:
     @property
     def num_key_value_heads(self) -> list[int]:
         """Of each layer."""
-        return _key_value_heads(self.config, self.layout)
+        return _key_value_heads(self.config, self.family)
 
     @property
     def head_dim(self) -> int:
@@ -236,8 +236,10 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
 
 def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
     where = str(folder or name)
-    layout = family.layout_of(config.model_type)
-    for heads in set(_key_value_heads(config, layout)):
+    layout, obstacle = family.layout_of(config.model_type), family.donor_obstacle(config)
+    if obstacle is not None:
+        raise Refusal(f"{where}: {obstacle}. Such donors cannot be converted.")
+    for heads in set(_key_value_heads(config, family)):
         if heads < 1 or config.num_attention_heads % heads:
             raise Refusal(
                 f"{where}: {heads} KV heads do not divide num_attention_heads = {config.num_attention_heads}, so no model "
@@ -319,12 +321,11 @@ def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkp
         )
 
 
-def _key_value_heads(config: PretrainedConfig, layout: AttentionLayout) -> list[int]:
+def _key_value_heads(config: PretrainedConfig, family: Family) -> list[int]:
     plan = getattr(config, "layer_plan", None)
     if plan is not None:
         return [row["num_key_value_heads"] for row in plan]
-    field = layout.key_value_heads_field or "num_attention_heads"
-    return [getattr(config, field)] * config.num_hidden_layers
+    return [family.native_key_value_heads(config)] * config.num_hidden_layers
 
 
 def _first_value(mapping) -> str:

@@ -1,6 +1,8 @@
 """The families we know: one `runtime/modeling_gqa_<model_type>.py` each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -22,6 +24,9 @@ class Family:
         bundle_layout: of checkpoints of our own classes.
         config_class, base_class, causal_lm_class: our own classes.
         stored_names: name of a tensor in our own class -> in checkpoints of the native class, where they differ.
+        native_key_value_heads: native configuration -> its KV heads.
+        native_fields: (configuration, KV heads) -> what a native configuration with as many says, or why none can.
+        donor_obstacle: configuration -> why it is no donor, or None.
     """
 
     donor_layout: AttentionLayout
@@ -30,6 +35,9 @@ class Family:
     base_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
     stored_names: dict[str, str]
+    native_key_value_heads: Callable[[PretrainedConfig], int]
+    native_fields: Callable[[PretrainedConfig, int], dict | str]
+    donor_obstacle: Callable[[PretrainedConfig], str | None]
 
     @property
     def model_type(self) -> str:
@@ -65,7 +73,22 @@ def load_family(name: str) -> Family:
         base_class=own(planned_model.PlannedModel),
         causal_lm_class=own(planned_model.PlannedHead),
         stored_names=getattr(module, "STORED_NAMES", {}),
+        native_key_value_heads=getattr(module, "native_key_value_heads", partial(_key_value_heads, donor_layout)),
+        native_fields=getattr(module, "native_fields", partial(_fields, donor_layout)),
+        donor_obstacle=getattr(module, "donor_obstacle", lambda config: None),
     )
+
+
+def _key_value_heads(layout: AttentionLayout, config: PretrainedConfig) -> int:
+    return getattr(config, layout.key_value_heads_field or "num_attention_heads")
+
+
+def _fields(layout: AttentionLayout, config: PretrainedConfig, num_key_value_heads: int) -> dict | str:
+    if layout.key_value_heads_field is not None:
+        return {layout.key_value_heads_field: num_key_value_heads}
+    if num_key_value_heads == config.num_attention_heads:
+        return {}
+    return f"a native {layout.model_type} has as many KV heads as query heads"
 
 
 def family_of(model_type: str, where: str) -> Family:

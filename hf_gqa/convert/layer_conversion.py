@@ -4,7 +4,7 @@ Shapes: N rows, L tokens of a row, B rows of a batch, E hidden.
 """
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..methods import METHODS, MethodContext, StudentOnText, method_kind
 from ..weights.attention_weights import AttentionWeights
@@ -37,7 +37,7 @@ def converted_layer(
             layer_idx=layer_idx,
             num_key_value_heads=num_key_value_heads,
             seed=plan.seed,
-            initializer_range=donor.config.initializer_range,
+            initializer_range=_initializer_range(donor.config),
             rotary=donor.layout.rotary,
             head_norms=donor.layout.query_norm is not None,
             statistics=statistics,
@@ -49,6 +49,11 @@ def converted_layer(
             before = changed
         heads = changed
     return heads
+
+
+def _initializer_range(config: PretrainedConfig) -> float:
+    """Older families, such as OPT, call it `init_std`."""
+    return getattr(config, "initializer_range", None) or config.init_std
 
 
 class SequentialConversion:

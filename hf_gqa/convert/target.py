@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -14,6 +14,7 @@ from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..runtime.layer_plan import LayerPlan
 from .donor import Donor
+from .families import family_of
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
 
@@ -27,6 +28,7 @@ class Target:
         reason: why this export, in one sentence.
         rows: one row per layer.
         same_class: whether the student's class and tensor names are the donor's.
+        changed_fields: of the donor's configuration, where the class is the donor's.
         passed_through: (name, tensor) -> tensor, for tensors outside attention.
     """
 
@@ -37,6 +39,7 @@ class Target:
     layout: AttentionLayout
     rows: tuple[LayerPlan, ...]
     same_class: bool
+    changed_fields: dict = field(default_factory=dict)
     passed_through: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
 
 
@@ -78,39 +81,48 @@ def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, s
     layout = donor.family.donor_layout
     if any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
-    if layout.key_value_heads_field is not None:
-        return _of_the_family(donor, rows, f"{layout.model_type} has a number of KV heads of its own"), ""
-    if rows[0].num_key_value_heads == donor.num_attention_heads:
-        return _of_the_family(donor, rows, "every query head has a KV head of its own"), ""
-    obstacles = [f"a native {layout.model_type} has as many KV heads as query heads"]
-    for relative in map(RELATIVES.get, RELATIVES.names()):
-        if relative.of == layout.model_type:
-            target, obstacle = _of_a_relative(donor, rows, relative)
-            if target is not None:
-                return target, ""
-            obstacles.append(obstacle)
+    fields = donor.family.native_fields(donor.config, rows[0].num_key_value_heads)
+    if not isinstance(fields, str):
+        return _of_the_family(donor, rows, fields), ""
+    obstacles = [fields]
+    if layout.model_type in RELATIVES.names():
+        target, obstacle = _of_a_relative(donor, rows, RELATIVES.get(layout.model_type))
+        if target is not None:
+            return target, ""
+        obstacles.append(obstacle)
     return None, "; ".join(obstacles)
 
 
-def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
+def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], fields: dict) -> Target:
     layout = donor.family.donor_layout
     same_class = donor.layout == layout
     config = copy.deepcopy(donor.config) if same_class else _plain(donor.config, donor.family.native_config_class)
-    if layout.key_value_heads_field is not None:
-        setattr(config, layout.key_value_heads_field, rows[0].num_key_value_heads)
+    for name, value in fields.items():
+        setattr(config, name, value)
     return Target(
         export="native",
-        reason=reason,
+        reason=_why_native(donor, rows[0].num_key_value_heads),
         config=config,
         model_class=donor.model_class if same_class else _native_class(donor),
         layout=layout,
         rows=rows,
         same_class=same_class,
+        changed_fields=fields,
     )
 
 
+def _why_native(donor: Donor, num_key_value_heads: int) -> str:
+    if donor.family.donor_layout.key_value_heads_field is not None:
+        return f"{donor.family.model_type} has a number of KV heads of its own"
+    if num_key_value_heads == donor.num_attention_heads:
+        return "every query head has a KV head of its own"
+    if num_key_value_heads == 1:
+        return f"{donor.family.model_type} has a setting for one KV head"
+    return "the number of KV heads is the donor's"
+
+
 def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative) -> tuple[Target | None, str | None]:
-    model_type = relative.layout.model_type
+    model_type, layout = relative.model_type, family_of(relative.model_type, donor.name).donor_layout
     obstacle = relative.obstacle(donor.config, rows)
     class_name = relative.class_names.get(donor.model_class.__name__)
     if obstacle is None and class_name is None:
@@ -119,10 +131,10 @@ def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative
         return None, obstacle
     target = Target(
         export="native",
-        reason=f"{relative.of} with one KV head computes what {model_type} computes",
+        reason=f"{donor.family.model_type} with one KV head computes what {model_type} computes",
         config=relative.config(donor.config),
         model_class=getattr(transformers, class_name),
-        layout=relative.layout,
+        layout=layout,
         rows=rows,
         same_class=False,
         passed_through=relative.passed_through,
@@ -166,10 +178,10 @@ def _plain(config: PretrainedConfig, config_class: type[PretrainedConfig], **cha
     ours = {"model_type", "architectures", "transformers_version", "auto_map", "layer_plan", "num_key_value_heads"}
     copied = config_class(**{key: value for key, value in config.to_dict().items() if key not in ours}, **changes)
     before, after = config.to_dict(), copied.to_dict()
-    for field in before.keys() & after.keys() - ours:
-        if before[field] != after[field]:
+    for name in before.keys() & after.keys() - ours:
+        if before[name] != after[name]:
             raise Refusal(
-                f"config: {field} = {before[field]!r} becomes {after[field]!r} when transformers "
+                f"config: {name} = {before[name]!r} becomes {after[name]!r} when transformers "
                 f"{transformers.__version__} copies it. Use a newer transformers."
             )
     return copied

@@ -128,8 +128,7 @@ def _write_config(donor: Donor, target: Target, staging: Path) -> None:
     """A native student of the donor's class keeps the donor's `config.json` but for what the plan changes."""
     if target.same_class:
         raw = {key: value for key, value in donor.raw_config.items() if key not in ("auto_map", "_name_or_path")}
-        if target.layout.key_value_heads_field is not None:
-            raw[target.layout.key_value_heads_field] = target.rows[0].num_key_value_heads
+        raw |= target.changed_fields
         raw["architectures"] = [target.model_class.__name__]
         (staging / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:

@@ -36,6 +36,7 @@ class PlannedAttention:
 
     donor_layout: AttentionLayout
     rotate = None  # the family's (query, key, cos, sin) -> (query, key) as a staticmethod, where it has one
+    linear_class = nn.Linear
     eager = staticmethod(eager_attention)  # what "eager" means; a family's own order of operations, where it differs
 
     def __init__(self, config, layer_idx: int):
@@ -46,9 +47,11 @@ class PlannedAttention:
         has_bias = getattr(self, layout.fused or layout.key).bias is not None
         if layout.fused is not None:
             delattr(self, layout.fused)
-            self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias)
-        self.k_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
-        self.v_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
+            self.q_proj = self.linear_class(
+                config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias
+            )
+        self.k_proj = self.linear_class(config.hidden_size, heads * self.head_dim, bias=has_bias)
+        self.v_proj = self.linear_class(config.hidden_size, heads * self.head_dim, bias=has_bias)
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         input_shape = hidden_states.shape[:-1]
@@ -65,17 +68,24 @@ class PlannedAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        mixed, weights = self.mix(query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        mixed = mixed.reshape(*input_shape, -1).contiguous()
+        return getattr(self, self.donor_layout.output)(mixed), weights
+
+    def mix(self, query, key, value, attention_mask, **kwargs):
+        """`[B, Q, H, D]` and the attention weights, if there are any; where a family biases its scores or scales queries.
+
+        Args:
+            query: `[B, H, Q, D]`. key, value: `[B, K, S, D]`, as the cache returned them.
+        """
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
-        mixed, weights = attention_interface(
+        return attention_interface(
             self,
             query,
             key,
             value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
             sliding_window=getattr(self, "sliding_window", None),
             **kwargs,
         )
-        mixed = mixed.reshape(*input_shape, -1).contiguous()
-        return getattr(self, self.donor_layout.output)(mixed), weights

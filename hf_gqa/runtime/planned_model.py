@@ -69,3 +69,13 @@ class PlannedHead(GroupedByDefault):
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.model_class(config))
         self.post_init()
+
+
+class BuiltEagerly:
+    """Mixin before `PlannedModel` and `PlannedHead` where native blocks look their attention up by a name, and know few."""
+
+    def __init__(self, config):
+        wanted = config._attn_implementation
+        config._attn_implementation = "eager"
+        super().__init__(config)
+        config._attn_implementation = self.get_correct_attn_implementation(wanted)

@@ -64,7 +64,11 @@ def split_heads(layout: AttentionLayout, heads_ND: torch.Tensor, num_attention_h
     """Query, key and value heads of a fused projection's `[H + 2K, D, ...]`; views where a block's heads are adjacent."""
     key_value_heads = (len(heads_ND) - num_attention_heads) // 2
     blocks = layout.fused_blocks or key_value_heads
-    each = {"query": num_attention_heads // blocks, "key": key_value_heads // blocks, "value": key_value_heads // blocks}
+    each = {
+        "query": num_attention_heads // blocks,
+        "key": key_value_heads // blocks,
+        "value": key_value_heads // blocks,
+    }
     parts = heads_ND.unflatten(0, (blocks, -1)).split([each[part] for part in layout.fused_order], dim=1)
     by_name = dict(zip(layout.fused_order, parts, strict=True))
     return tuple(by_name[part].flatten(0, 1) for part in ("query", "key", "value"))
