@@ -30,7 +30,8 @@ from hf_gqa.runtime.grouped_attention import grouped_sdpa
 
 HEADS, HEAD_DIM = 32, 128
 KV_HEADS = (32, 8, 4, 1)
-CONTEXTS, BATCHES = (512, 2048, 4096, 16384), (1, 4)
+CONTEXTS, BATCHES = (512, 2048, 4096, 16384, 32768), (1, 4, 16)
+MOST_BYTES = 3 << 29  # of keys and values, as a way holds them: larger ones are left out
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PATHS = {  # name: (batch, query length, key length, has a mask)
     "prefill": (2, 512, 512, False),
@@ -118,11 +119,17 @@ def attention_cell(batch, kv_heads, tokens, keys, dtype: str, masked: bool, seco
     states = states_of(batch, kv_heads, tokens, keys, DTYPES[dtype], masked)
     module = SimpleNamespace(is_causal=True, num_key_value_groups=HEADS // kv_heads)
     ways = {way: call for way, call in WAYS.items() if kv_heads < HEADS or way in ("ours", "stock")}
+    if not fits(batch, HEADS, keys, dtype):
+        ways.pop("repeat_kv", None)
     timed = time_in_turn({way: (lambda call=call: call(module, *states)) for way, call in ways.items()}, seconds)
     return {
         **{"batch": batch, "kv_heads": kv_heads, "tokens": tokens, "keys": keys, "dtype": dtype, "masked": masked},
         **{"kv_bytes": states[1].nbytes + states[2].nbytes, "ways": timed},
     }
+
+
+def fits(batch: int, heads: int, keys: int, dtype: str) -> bool:
+    return 2 * batch * heads * keys * HEAD_DIM * DTYPES[dtype].itemsize <= MOST_BYTES
 
 
 def one_token(seconds: float, quick: bool) -> list[dict]:
@@ -134,6 +141,7 @@ def one_token(seconds: float, quick: bool) -> list[dict]:
         for batch in BATCHES
         for masked in ((False, True) if keys in (512, 4096) else (False,))
         for kv_heads in KV_HEADS
+        if fits(batch, kv_heads, keys, dtype)
     ]
 
 
@@ -162,19 +170,22 @@ def filled(cache, config, length: int, dtype):
 
 @torch.no_grad()
 def model_cell(kv_heads: int, rounds: int) -> dict:
-    """One decode step of the whole model: stock and ours, on a growing and on a static cache."""
+    """One decode step of the whole model: stock and ours, on a growing and a static cache, and compiled on a static one."""
     config = LlamaConfig(**MODEL, num_key_value_heads=kv_heads, vocab_size=1024, dtype="bfloat16")
     model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
     steps = rounds * 2 + 4
-    caches = {
-        "dynamic": filled(DynamicCache(config=config), config, MODEL_CONTEXT, model.dtype),
-        "static": filled(StaticCache(config, MODEL_CONTEXT + steps), config, MODEL_CONTEXT, model.dtype),
+    empty = {"dynamic": DynamicCache(config=config)} | {
+        kind: StaticCache(config, MODEL_CONTEXT + steps) for kind in ("static", "compiled")
     }
+    caches = {kind: filled(cache, config, MODEL_CONTEXT, model.dtype) for kind, cache in empty.items()}
     token = torch.ones(MODEL_BATCH, 1, dtype=torch.long)
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=False)
 
     def step(attention: str, cache: str):
         model.config._attn_implementation = attention
-        return model(token, past_key_values=caches[cache], use_cache=True)
+        run = compiled if cache == "compiled" else model
+        return run(token, past_key_values=caches[cache], use_cache=True)
 
     hf_gqa.use_grouped_attention(model)
     timed = time_in_turn(

@@ -146,18 +146,25 @@ def publish_file(partial: Path, file: Path) -> None:
     flush(file.parent)
 
 
+@contextmanager
+def staged_file(file: Path) -> Iterator[Path]:
+    """An empty file beside `file` that takes its place if the block ends without an exception, and is removed otherwise."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        publish_file(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def replace_file(file: Path, text: str) -> None:
     """Write beside its final place and rename, so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="") as written:
-            written.write(text)
-        os.chmod(partial, 0o666 & ~_umask())
-        publish_file(Path(partial), file)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with staged_file(file) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
 
 
 def _umask() -> int:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_gqa.runtime
 from hf_gqa import convert, convert_checkpoint
+from hf_gqa.convert.families import load_family
 
 from .test_conformance import assert_same_tensors, every_family
 from .test_runtime import uneven_student
@@ -159,11 +160,8 @@ def assert_is_bundle(folder: Path, model_type: str, student) -> None:
     assert shipped == {name: (RUNTIME_FOLDER / name).read_bytes() for name in shipped_names(model_type)}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     file, stem = f"modeling_gqa_{model_type}", type(student).__name__.removesuffix("ForCausalLM")
-    assert config["auto_map"] == {
-        "AutoConfig": f"{file}.{stem}Config",
-        "AutoModel": f"{file}.{stem}Model",
-        "AutoModelForCausalLM": f"{file}.{stem}ForCausalLM",
-    }
+    heads = {key: f"{file}.{stem}{key.removeprefix('AutoModel')}" for key in load_family(model_type).head_classes}
+    assert config["auto_map"] == {"AutoConfig": f"{file}.{stem}Config", "AutoModel": f"{file}.{stem}Model", **heads}
     assert config["model_type"] == f"gqa_{model_type}"
     assert config["architectures"] == [f"{stem}ForCausalLM"]
     assert config["layer_plan"] == student.config.layer_plan

@@ -77,7 +77,7 @@ def test_rows_of_different_heads():
     family = load_family("gemma3_text")
     rows = [{"num_key_value_heads": 4}, {"num_key_value_heads": 1}]
     donor = {key: value for key, value in tiny_config("gemma3_text").to_dict().items() if key != "num_key_value_heads"}
-    student = family.causal_lm_class(family.config_class(**donor, num_key_value_heads=4, layer_plan=rows))
+    student = family.default_class(family.config_class(**donor, num_key_value_heads=4, layer_plan=rows))
     assert key_value_heads(student.config) == [4, 1]  # the first layer has the window
     one_head = 2 * 16 * 4
     assert cache_bytes_per_token_measured(student, 20) * 20 == one_head * (4 * (WINDOW - 1) + 1 * 20)

@@ -1,6 +1,7 @@
 """Methods that look at the donor with text: what is gathered, what is exact, and what is refused."""
 
 import copy
+import errno
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_gqa import ConversionPlan, Refusal, convert, convert_checkpoint
+from hf_gqa.convert import calibration
 from hf_gqa.convert.calibration import Calibration, calibrate
 from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.families import load_family
@@ -20,6 +22,7 @@ from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.head_statistics import HeadStatistics
 from hf_gqa.weights.head_tensors import write_heads
 from hf_gqa.weights.mixable_blocks import from_blocks, to_blocks
+from hf_gqa.weights.rotation import rotation_of
 
 from .test_bad_input import assert_one_message, run_cli
 from .test_conformance import assert_close_for_float32, every_family, grouped_donor, logits_of
@@ -53,7 +56,7 @@ def rearranged(donor, name: str, groups: int, calibration: Calibration | None):
             num_key_value_heads=groups,
             seed=0,
             initializer_range=0.02,
-            rotary=opened.layout.rotary,
+            rotation=rotation_of(opened.layout, opened.config, opened.head_dim, layer_idx),
             head_norms=opened.layout.query_norm is not None,
             statistics=None if calibration is None else calibration.statistics[layer_idx],
         )
@@ -68,19 +71,20 @@ def alike_donor(model_type: str, groups: int, seed: int = 0, order: tuple[int, .
     generator = torch.Generator().manual_seed(seed)
     for layer_idx, heads in layer_heads(opened):
         keys, values = heads.key_KDE.clone(), heads.value_KDE.clone()
-        size, rotary = len(keys) // groups, opened.layout.rotary
+        size, rotation = len(keys) // groups, rotation_of(opened.layout, opened.config, opened.head_dim, layer_idx)
         for place, head in enumerate(order):
             first = order[place - place % size]
             width = keys.shape[1]
             mix = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
             values[head] = mix @ values[first]
-            blocks = to_blocks(keys[first].unsqueeze(0), rotary)
-            scaling = torch.randn(*blocks.shape[1:3], 1, dtype=blocks.dtype, generator=generator)
-            if rotary is None:
-                blocks = mix.T @ blocks
-            elif head != first:
-                blocks = blocks * scaling
-            keys[head] = from_blocks(blocks, rotary)[0]
+            parts = to_blocks(keys[first].unsqueeze(0), rotation)
+            for number, part in enumerate(parts):
+                scaling = torch.randn(*part.shape[1:3], 1, dtype=part.dtype, generator=generator)
+                if not part.is_complex():
+                    parts[number] = mix[: part.shape[2], : part.shape[2]].T @ part
+                elif head != first:
+                    parts[number] = part * scaling
+            keys[head] = from_blocks(parts, rotation)[0]
         zero = {name: torch.zeros_like(getattr(heads, name)) for name in ("key_bias_KD", "value_bias_KD")
                 if getattr(heads, name) is not None}  # fmt: skip
         put(donor, layer_idx, AttentionWeights(**{f: getattr(heads, f) for f in heads.__dataclass_fields__}
@@ -208,6 +212,24 @@ def test_saved_calibration_gives_the_same_student(tmp_path):
     plan = {"num_key_value_heads": 2, "method": "group,fold,refit"}
     one, other = (convert(donor, calibration=each, **plan) for each in (read, rows()))
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_failure_leaves_the_calibration_that_was_there(tmp_path, monkeypatch):
+    """The disk is full after the first bytes."""
+    donor, file = tiny_donor("llama"), tmp_path / "calibration.safetensors"
+    made = calibrate(donor_from_model(donor), donor, rows())
+    made.write(file)
+    before = file.read_bytes()
+
+    def fill(tensors, name, metadata):
+        Path(name).write_bytes(before[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(calibration, "save_file", fill)
+    for where in (file, tmp_path / "new" / "calibration.safetensors"):
+        with pytest.raises(OSError, match="No space left"):
+            made.write(where)
+    assert file.read_bytes() == before and [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_without_text_nothing_is_known_of_the_inputs():

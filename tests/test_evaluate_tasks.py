@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from hf_gqa.evaluate.bootstrap import Bootstrap
+from hf_gqa.evaluate import lm_eval_tasks
+from hf_gqa.evaluate.bootstrap import Bootstrap, expanded_tail
 from hf_gqa.evaluate.lm_eval_tasks import check_tasks, equivalent_command, run_tasks
 from hf_gqa.evaluate.local_tasks import HERE, local_task_names, write_local_tasks
 from hf_gqa.refusal import Refusal
@@ -96,6 +97,54 @@ def test_a_model_against_itself_differs_by_nothing_and_limit_shows(models, tasks
     assert (score.samples, score.difference.value, score.difference.low, score.difference.high) == (9, 0, 0, 0)
 
 
+ROLLING = {
+    "task": "rolling",
+    "dataset_path": "json",
+    "output_type": "loglikelihood_rolling",
+    "test_split": "test",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+}
+
+
+def test_perplexities_have_the_interval_of_their_difference(models, tmp_path, monkeypatch):
+    """lm_eval weighs documents by their words or bytes; by hand, resampled as it aggregates them."""
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+    from lm_eval.tasks import TaskManager
+
+    texts = [f"The {subject} is there" + number * " and there" for number, subject in enumerate(SUBJECTS)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = {"data_files": {"test": str(tmp_path / "texts.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "rolling.yaml").write_text(yaml.safe_dump(ROLLING | {"dataset_kwargs": data}))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(lm_eval_tasks, "_task_manager", lambda *_: manager)
+    kept = []
+    monkeypatch.setattr(
+        lm_eval_tasks, "_scores", lambda *given, scores=lm_eval_tasks._scores: (kept.append(given), scores(*given))[1]
+    )
+    found = {score.metric: score for score in run_tasks(*models, ["rolling"], bootstrap=BOOTSTRAP)}
+    theirs, ours, _ = kept[0]
+    random = np.random.default_rng(0)
+    for name, aggregate in (
+        ("word_perplexity", weighted_perplexity),
+        ("byte_perplexity", weighted_perplexity),
+        ("bits_per_byte", bits_per_byte),
+    ):
+        donor_D, student_D = (
+            [sample[name] for sample in sorted(side["samples"]["rolling"], key=lambda sample: sample["doc_id"])]
+            for side in (theirs, ours)
+        )
+        score, draws = found[name], [random.integers(12, size=12) for _ in range(2000)]
+        drawn = [aggregate([student_D[d] for d in draw]) - aggregate([donor_D[d] for d in draw]) for draw in draws]
+        assert score.donor == pytest.approx(aggregate(donor_D)) and score.student == pytest.approx(aggregate(student_D))
+        assert score.difference.value == pytest.approx(score.student - score.donor, rel=1e-9)
+        tail = expanded_tail(0.025, 12)
+        low, high = np.quantile(drawn, [tail, 1 - tail])
+        assert [score.difference.low, score.difference.high] == pytest.approx([low, high], abs=0.25 * (high - low))
+        assert score.difference.low < score.difference.value < score.difference.high
+
+
 def test_nothing_else_is_disturbed(models, tasks_folder, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
@@ -150,7 +199,7 @@ def test_numbers_are_those_of_lm_evals_own_command(models, tasks_folder, tmp_pat
         assert score.samples == expected["n-samples"][score.task]["effective"] == 11
         assert score.num_fewshot == expected["n-shot"][score.task] == (num_fewshot or 0)
         assert score.higher_is_better is (score.metric != "perplexity")
-        assert (score.difference is None) is (score.metric == "perplexity")
+        assert score.difference.value == pytest.approx(score.student - score.donor)
 
 
 @pytest.mark.slow

@@ -47,6 +47,11 @@ def test_convert_in_memory(empty_folder):
     assert "the same logits: True" in run([sys.executable, "examples/convert_in_memory.py"], empty_folder)
 
 
+def test_generate(empty_folder):
+    printed = run([sys.executable, "examples/generate.py"], empty_folder)
+    assert "both caches write the same: True" in printed
+
+
 def test_convert_on_disk_then_push(empty_folder):
     printed = run([sys.executable, "examples/convert_on_disk.py"], empty_folder)
     assert "equals the donor's merged heads" in printed and "FAILED" not in printed

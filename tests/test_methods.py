@@ -59,9 +59,9 @@ class Content:
 
     def attention_rows(self) -> list[AttentionRows]:
         inputs_BLE = torch.randn(2, 9, 10, generator=torch.Generator().manual_seed(3))
-        allowed = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+        mask = torch.full((1, 1, 9, 9), -torch.inf).triu(1)
         both = {"donor_BLE": inputs_BLE, "student_BLE": inputs_BLE}
-        return [AttentionRows(**both, allowed_BHLS=allowed, rotation=None, scaling=0.4)]
+        return [AttentionRows(**both, mask_BHLS=mask, scaling=0.4)]
 
 
 def tensors_of(heads: AttentionWeights) -> dict[str, torch.Tensor | None]:

@@ -3,9 +3,10 @@
 from dataclasses import fields
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
-from hf_gqa.convert.families import FAMILIES
+from hf_gqa.convert.families import FAMILIES, load_family
 
 
 MODEL_TYPES = FAMILIES.names()
@@ -49,17 +50,31 @@ def tiny_config(model_type: str, num_key_value_heads: int = NUM_ATTENTION_HEADS,
 
 
 def tiny_donor(
-    model_type: str, num_key_value_heads: int = NUM_ATTENTION_HEADS, seed: int = 0, **changes
+    model_type: str,
+    num_key_value_heads: int = NUM_ATTENTION_HEADS,
+    seed: int = 0,
+    auto_class: str = "AutoModelForCausalLM",
+    **changes,
 ) -> PreTrainedModel:
     """Weights are large enough that no head, bias or norm can be ignored without showing in the logits."""
     config = tiny_config(model_type, num_key_value_heads, **changes)
-    donor = AutoModelForCausalLM.from_config(config).eval()
+    donor = getattr(transformers, auto_class).from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in donor.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in name or ".ln_" in name else 0.25 * noise)
     return donor
+
+
+def head_classes() -> list[tuple[str, str]]:
+    """Every family with the Auto class of each of its heads but the one that it has a donor of by default."""
+    return [
+        (model_type, auto_class)
+        for model_type in MODEL_TYPES
+        for auto_class, head_class in load_family(model_type).head_classes.items()
+        if head_class is not load_family(model_type).default_class
+    ]
 
 
 def tokens_and_mask(batch: int = 2, length: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..methods import METHODS
 from ..progress_bar import progress_bar
 from ..refusal import Refusal
+from ..staging import staged_file
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics, MomentSum
 from .donor import Donor
@@ -47,8 +48,11 @@ class Calibration:
     statistics: tuple[HeadStatistics, ...]
 
     def write(self, file: Path) -> None:
+        """The file is there whole or not at all; what had its name before is replaced."""
         tensors = {f"layers.{number}": layer.moment_FF for number, layer in enumerate(self.statistics)}
-        save_file(tensors | {"tokens": self.tokens_NL}, file, metadata={"format": FORMAT, "donor": self.donor})
+        tensors["tokens"] = self.tokens_NL
+        with staged_file(file) as partial:
+            save_file(tensors, partial, metadata={"format": FORMAT, "donor": self.donor})
 
     @classmethod
     def read(cls, file: Path) -> "Calibration":

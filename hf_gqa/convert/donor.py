@@ -13,13 +13,12 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
-from .families import Family, family_of
+from .families import Family, family_of, native_class
 
 
 CARRIED_FILES = (
@@ -148,7 +147,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
     if empty:
         raise Refusal(f"{where}: '{empty[0]}' is on the meta device and has no values. Load the model first.")
     native = getattr(transformers, type(model).__name__, None)
-    if type(model) not in (native, family.base_class, family.causal_lm_class):
+    if type(model) not in (native, *family.own_classes.values()):
         raise Refusal(
             f"{where}: {type(model).__name__} is not a class of transformers or of hf_gqa; its code may compute something "
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
@@ -218,9 +217,9 @@ def _parse_config(raw: dict, path: Path) -> PretrainedConfig:
 
 def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path) -> type[PreTrainedModel]:
     """The class that `architectures` names, native or ours; a donor that ships code may name what it likes."""
-    own = {model_class.__name__: model_class for model_class in (family.base_class, family.causal_lm_class)}
+    own = {model_class.__name__: model_class for model_class in family.own_classes.values()}
     is_native = config.model_type == family.model_type
-    default = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_native else family.causal_lm_class
+    default = native_class(family.default_class) if is_native else family.default_class
     named = raw.get("architectures") or [default.__name__]
     name = named[0] if isinstance(named, list) and isinstance(named[0], str) else ""
     found = own.get(name) or getattr(transformers, name, None)

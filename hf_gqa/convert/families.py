@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from ..refusal import Refusal
 from ..registry import Registry
@@ -22,7 +23,8 @@ class Family:
     Args:
         donor_layout: of native checkpoints.
         bundle_layout: of checkpoints of our own classes.
-        config_class, base_class, causal_lm_class: our own classes.
+        config_class, base_class: our own classes.
+        head_classes: our own classes with a head, by the name of the Auto class that loads each.
         stored_names: name of a tensor in our own class -> in checkpoints of the native class, where they differ.
         native_key_value_heads: native configuration -> its KV heads.
         native_fields: (configuration, KV heads) -> what a native configuration with as many says, or why none can.
@@ -33,7 +35,7 @@ class Family:
     bundle_layout: AttentionLayout
     config_class: type[PretrainedConfig]
     base_class: type[PreTrainedModel]
-    causal_lm_class: type[PreTrainedModel]
+    head_classes: dict[str, type[PreTrainedModel]]
     stored_names: dict[str, str]
     native_key_value_heads: Callable[[PretrainedConfig], int]
     native_fields: Callable[[PretrainedConfig, int], dict | str]
@@ -51,6 +53,16 @@ class Family:
         """What a tensor of a native checkpoint is called in our own class."""
         return next((own for own, stored in self.stored_names.items() if stored == name), name)
 
+    @property
+    def default_class(self) -> type[PreTrainedModel]:
+        """Of our own classes, that of a donor that does not say which one it is of."""
+        return self.head_classes.get("AutoModelForCausalLM", self.base_class)
+
+    @property
+    def own_classes(self) -> dict[type[PreTrainedModel], type[PreTrainedModel]]:
+        """Native class -> our own that takes its place."""
+        return {native_class(ours): ours for ours in (self.base_class, *self.head_classes.values())}
+
     def layout_of(self, model_type: str) -> AttentionLayout:
         return self.donor_layout if model_type == self.model_type else self.bundle_layout
 
@@ -58,20 +70,17 @@ class Family:
 def load_family(name: str) -> Family:
     module = FAMILIES.module(name)
     donor_layout = module.DONOR_LAYOUT
-
-    def own(mixin: type) -> type:
-        found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c is not mixin]
-        if len(found) != 1:
-            raise TypeError(f"{module.__file__}: a family defines one subclass of {mixin.__name__}, got {len(found)}.")
-        return found[0]
-
-    config_class = own(planned_model.PlannedConfig)
+    config_class = planned_model.own_class(module, planned_model.PlannedConfig)
+    head_classes = planned_model.head_classes(module)
+    for auto_class, head_class in head_classes.items():
+        if not hasattr(transformers, auto_class):
+            raise TypeError(f"{module.__file__}: {head_class.__name__} is named after no Auto class of transformers.")
     return Family(
         donor_layout=donor_layout,
         bundle_layout=donor_layout.unfused(config_class.model_type),
         config_class=config_class,
-        base_class=own(planned_model.PlannedModel),
-        causal_lm_class=own(planned_model.PlannedHead),
+        base_class=planned_model.own_class(module, planned_model.PlannedModel),
+        head_classes=head_classes,
         stored_names=getattr(module, "STORED_NAMES", {}),
         native_key_value_heads=getattr(module, "native_key_value_heads", partial(_key_value_heads, donor_layout)),
         native_fields=getattr(module, "native_fields", partial(_fields, donor_layout)),
@@ -89,6 +98,11 @@ def _fields(layout: AttentionLayout, config: PretrainedConfig, num_key_value_hea
     if num_key_value_heads == config.num_attention_heads:
         return {}
     return f"a native {layout.model_type} has as many KV heads as query heads"
+
+
+def native_class(ours: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that one of our own extends."""
+    return next(c for c in ours.__mro__ if c.__module__.startswith("transformers."))
 
 
 def family_of(model_type: str, where: str) -> Family:
@@ -109,7 +123,8 @@ def register_families() -> None:
         family = load_family(name)
         AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
         AutoModel.register(family.config_class, family.base_class, exist_ok=True)
-        AutoModelForCausalLM.register(family.config_class, family.causal_lm_class, exist_ok=True)
         family.config_class.register_for_auto_class()
         family.base_class.register_for_auto_class("AutoModel")
-        family.causal_lm_class.register_for_auto_class("AutoModelForCausalLM")
+        for auto_class, head_class in family.head_classes.items():
+            getattr(transformers, auto_class).register(family.config_class, head_class, exist_ok=True)
+            head_class.register_for_auto_class(auto_class)

@@ -11,6 +11,7 @@ from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics
 from ..weights.output_moments import OutputMoments, OutputMomentSum
 from ..weights.query_fit import AttentionRows
+from ..weights.rotation import rotation_of
 from .donor import Donor
 from .layer_run import Batches, LayerRun
 from .plan import ConversionPlan
@@ -38,7 +39,7 @@ def converted_layer(
             num_key_value_heads=num_key_value_heads,
             seed=plan.seed,
             initializer_range=_initializer_range(donor.config),
-            rotary=donor.layout.rotary,
+            rotation=rotation_of(donor.layout, donor.config, donor.head_dim, layer_idx),
             head_norms=donor.layout.query_norm is not None,
             statistics=statistics,
             before=before,
@@ -85,7 +86,7 @@ class _LayerOnText:
     """`StudentOnText` for one layer; the donor's side of it is computed at once."""
 
     def __init__(self, donor: Donor, run: LayerRun, layer_idx: int, donor_hidden: Batches, student_hidden: Batches):
-        self.run, self.layer_idx, self.student_hidden = run, layer_idx, student_hidden
+        self.donor, self.run, self.layer_idx, self.student_hidden = donor, run, layer_idx, student_hidden
         self.own_layer = run.layer(layer_idx)
         self.donor_inputs: Batches = []
         self.targets: Batches = []
@@ -119,11 +120,13 @@ class _LayerOnText:
             lambda _, seen: inputs.append(seen["inputs"]),
             picked,
         )
+        donor = self.donor
+        rotation = rotation_of(donor.layout, donor.config, donor.head_dim, self.layer_idx)
         return [
             AttentionRows(
                 donor_BLE=self.donor_inputs[number],
                 student_BLE=student_BLE,
-                **self.run.attention_arguments(self.layer_idx, number),
+                **self.run.attention_arguments(self.layer_idx, number, rotation),
             )
             for number, student_BLE in zip(picked, inputs, strict=True)
         ]

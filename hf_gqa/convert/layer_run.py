@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import read_heads, write_heads
+from ..weights.rotation import Rotation, turns
 
 
 Batches = list[torch.Tensor]
@@ -98,24 +100,73 @@ class LayerRun:
         found = []
         for number in range(len(inputs)) if picked is None else picked:
             args, kwargs = self.arguments[number][layer_idx]
-            found.append(layer(inputs[number], *args, **kwargs))
+            made = layer(inputs[number], *args, **kwargs)
+            found.append(made[0] if isinstance(made, tuple) else made)
             if tap is not None:
                 tap(number, seen)
         for hook in hooks:
             hook.remove()
         return found
 
-    def attention_arguments(self, layer_idx: int, number: int) -> dict:
-        """`allowed_BHLS`, `rotation` and `scaling` of a layer's attention in one batch."""
+    def attention_arguments(self, layer_idx: int, number: int, rotation: Rotation | None) -> dict:
+        """What `AttentionRows` says of a layer's attention in one batch, besides its inputs.
+
+        Raises:
+            Refusal: the attention adds or multiplies something that is not known here.
+        """
         args, kwargs = self.arguments[number][layer_idx]
-        length = self.embedded[number].shape[1]
-        allowed = torch.ones(length, length, dtype=torch.bool, device=self.embedded[number].device).tril()[None, None]
-        for mask in [*args, kwargs.get("attention_mask")]:
-            if isinstance(mask, torch.Tensor) and mask.dim() == 4:  # additive where it is not boolean
-                allowed = allowed & (mask if mask.dtype == torch.bool else mask == 0)
         attention = self._attention(self.base.get_submodule(f"{self.layers_path}.{layer_idx}"), layer_idx)
-        rotation = kwargs["position_embeddings"] if self.layout.rotary is not None else None
-        return {"allowed_BHLS": allowed, "rotation": rotation, "scaling": attention.scaling}
+        turn_BLP = None if rotation is None else _turns_of(attention, kwargs, rotation)
+        mask_BHLS = _mask_of(attention, [*args, kwargs.get("attention_mask")], self.embedded[number])
+        return {
+            "mask_BHLS": mask_BHLS,
+            "scaling": _scaling_of(attention, kwargs),
+            "rotation": rotation,
+            "turn_BLP": turn_BLP,
+        }
+
+
+def _turns_of(attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:
+    """From the cosines and sines that the layer is given, or that its attention keeps."""
+    given = kwargs.get("position_embeddings")
+    if isinstance(given, tuple):
+        return turns(*given, rotation.dims // 2)
+    if hasattr(attention, "embed_positions") and kwargs.get("position_ids") is not None:  # GPT-J, CodeGen
+        sin, cos = attention.embed_positions.to(kwargs["position_ids"].device)[kwargs["position_ids"]].chunk(2, dim=-1)
+        return turns(cos, sin, rotation.dims // 2)
+    raise Refusal(
+        f"method: {type(attention).__name__} does not show by which angles it rotates, and a fit of its queries needs "
+        f"them. Leave refit_queries out."
+    )
+
+
+def _scaling_of(attention: nn.Module, kwargs: dict) -> float:
+    for added in ("alibi", "position_bias"):
+        if kwargs.get(added) is not None:
+            raise Refusal(
+                f"method: {type(attention).__name__} adds '{added}' to its scores, which a fit of its queries does not "
+                f"know. Leave refit_queries out."
+            )
+    if hasattr(attention, "scaling"):
+        return attention.scaling
+    if hasattr(attention, "scale_attn"):  # GPT-J, CodeGen
+        return 1.0 / float(attention.scale_attn)
+    raise Refusal(
+        f"method: {type(attention).__name__} does not show how it scales its scores, and a fit of its queries needs to "
+        f"know. Leave refit_queries out."
+    )
+
+
+def _mask_of(attention: nn.Module, candidates: list, inputs_BLE: torch.Tensor) -> torch.Tensor:
+    """Additive; masks of transformers are additive where they are not boolean."""
+    length = inputs_BLE.shape[1]
+    mask = torch.zeros(1, 1, length, length, device=inputs_BLE.device)
+    if getattr(attention, "is_causal", True):
+        mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
+    for given in candidates:
+        if isinstance(given, torch.Tensor) and given.dim() == 4:
+            mask = mask.masked_fill(~given, -torch.inf) if given.dtype == torch.bool else mask + given
+    return mask
 
 
 class _Recorder(nn.Module):
@@ -123,4 +174,4 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self.hidden_states, self.arguments = hidden_states.detach(), (args, kwargs)
-        return hidden_states
+        return hidden_states[None] if hidden_states.dim() == 3 else hidden_states  # some models go on with its [0]

@@ -5,10 +5,17 @@ from dataclasses import asdict, dataclass, fields
 from ..methods import HEAD_COUNT_KINDS, METHODS, method_kind
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
-from ..sharing import SHARINGS
+from ..sharing import SHARINGS, every, nearest_owners
 
 
 EXPORTS = ("auto", "native", "bundle")
+SHARED_INITS = ("own", "mean")
+OF_SHARING = (
+    "shared_layers",
+    "share_every",
+    "shared_init",
+    "layer_plan",
+)  # left out of the JSON where they say nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +23,14 @@ class ConversionPlan:
     """What the student shall be; checked when made, exact round trip through JSON.
 
     Args:
-        num_key_value_heads: KV heads of every layer.
+        num_key_value_heads: KV heads of every layer; None, where layers share, for as many as the donor has.
         method: names of conversion methods, applied in order; a string may hold several, separated by commas.
         sharing: name of the pattern by which layers share.
+        shared_layers: the layers that borrow, each from the nearest earlier layer of its type that does not.
+        share_every: in place of them: of so many consecutive layers of a type, all but the first borrow.
+        shared_init: what is lent: "own", what the lender's weights are in the donor, or "mean", over the lender and all that
+            borrow from it.
+        layer_plan: in place of all these, the rows of the table, for what no pattern says.
         export: "native" for the donor's own class, "bundle" for self-contained code, "auto" for native if it can be.
         seed: of the methods that draw random numbers.
 
@@ -26,9 +38,13 @@ class ConversionPlan:
         Refusal: an unknown name, or a value out of range.
     """
 
-    num_key_value_heads: int
+    num_key_value_heads: int | None = None
     method: tuple[str, ...] = ("mean_pool",)
     sharing: str = "own"
+    shared_layers: tuple[int, ...] | None = None
+    share_every: int | None = None
+    shared_init: str = "own"
+    layer_plan: tuple[dict, ...] | None = None
     export: str = "auto"
     seed: int = 0
 
@@ -41,13 +57,15 @@ class ConversionPlan:
         method = tuple(name.strip().replace("-", "_") for name in method)
         object.__setattr__(self, "method", method)
         heads = self.num_key_value_heads
-        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        may_be_none = self.sharing != "own" or self.layer_plan is not None
+        is_count = isinstance(heads, int) and not isinstance(heads, bool) and heads >= 1
+        if not is_count and not (heads is None and may_be_none):
             raise Refusal(f"num_key_value_heads = {heads!r} is not a positive whole number. Use 1 or more.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise Refusal(f"seed = {self.seed!r} is not a whole number from 0. Use 0 or more.")
         if self.export not in EXPORTS:
             raise Refusal(f"export = {self.export!r} is unknown. Use one of {', '.join(EXPORTS)}.")
-        SHARINGS.get(self.sharing)
+        self._check_sharing()
         changing = [name for name in method if method_kind(name) in HEAD_COUNT_KINDS]
         if len(changing) != 1:
             raise Refusal(
@@ -61,11 +79,58 @@ class ConversionPlan:
         """The one method that changes the number of KV heads."""
         return next(name for name in self.method if method_kind(name) in HEAD_COUNT_KINDS)
 
-    def rows(self, num_hidden_layers: int) -> tuple[LayerPlan, ...]:
-        return SHARINGS.get(self.sharing)(num_hidden_layers, self.num_key_value_heads)
+    def _check_sharing(self) -> None:
+        SHARINGS.get(self.sharing)
+        for name in ("shared_layers", "layer_plan"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.shared_init not in SHARED_INITS:
+            raise Refusal(f"shared_init = {self.shared_init!r} is unknown. Use one of {', '.join(SHARED_INITS)}.")
+        said = [name for name in ("shared_layers", "share_every") if getattr(self, name) is not None]
+        if self.layer_plan is not None:
+            said += ["num_key_value_heads"] if self.num_key_value_heads is not None else []
+            said += ["sharing"] if self.sharing != "own" else []
+            if said:
+                raise Refusal(f"layer_plan: its rows say all that {', '.join(said)} would. Give either.")
+            _parsed_rows(self.layer_plan)
+        elif self.sharing == "own" and said:
+            patterns = ", ".join(name for name in SHARINGS.names() if name != "own")
+            raise Refusal(f"{said[0]}: sharing = own shares nothing. Use sharing = one of {patterns}.")
+        elif self.sharing != "own" and len(said) != 1:
+            raise Refusal(
+                f"sharing = {self.sharing}: {' and '.join(said) or 'nothing'} says which layers borrow. Give one of "
+                f"shared_layers (such as 2,3) and share_every (such as 2)."
+            )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        shared, factor = self.shared_layers, self.share_every
+        whole = isinstance(shared, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in shared)
+        if shared is not None and not (whole and shared):
+            raise Refusal(f"shared_layers = {shared!r} is no list of layers. Give their numbers, such as 2,3.")
+        if factor is not None and (not isinstance(factor, int) or isinstance(factor, bool) or factor < 2):
+            raise Refusal(f"share_every = {factor!r} is not a whole number from 2. Use 2 or more.")
+
+    def rows(self, num_key_value_heads: list[int], layer_types: list[str]) -> tuple[LayerPlan, ...]:
+        """The table, for a donor of these KV heads and attention types in each layer.
+
+        Raises:
+            Refusal: layers that are not there, or with nothing to borrow from.
+        """
+        if self.layer_plan is not None:
+            return _parsed_rows(self.layer_plan)
+        wanted = tuple(
+            heads if self.num_key_value_heads is None else self.num_key_value_heads for heads in num_key_value_heads
+        )
+        types = layer_types if getattr(SHARINGS.module(self.sharing), "OF_ONE_TYPE", False) else ["layer"] * len(wanted)
+        shared = self.shared_layers if self.share_every is None else every(self.share_every, types)
+        return SHARINGS.get(self.sharing)(nearest_owners(shared or (), types), wanted)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"method": list(self.method)}
+        values = asdict(self) | {"method": list(self.method)}
+        defaults = {field.name: field.default for field in fields(self)}
+        said = {name: value for name, value in values.items() if name not in OF_SHARING or value != defaults[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ConversionPlan":
@@ -75,11 +140,18 @@ class ConversionPlan:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise Refusal(f"plan: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
-        if "num_key_value_heads" not in values:
+        if not {"num_key_value_heads", "sharing", "layer_plan"} & values.keys():
             raise Refusal(
                 "plan: the key 'num_key_value_heads' is missing. Say how many KV heads each layer shall have."
             )
         return cls(**values)
+
+
+def _parsed_rows(rows: tuple[dict, ...]) -> tuple[LayerPlan, ...]:
+    try:
+        return tuple(LayerPlan.from_dict(row) for row in rows)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
 
 
 def _check_order(method: tuple[str, ...], changing: str) -> None:
@@ -117,10 +189,16 @@ def legal_targets(num_attention_heads: int, num_key_value_heads: int) -> tuple[l
     return fewer, more
 
 
-def check_plan(plan: ConversionPlan, num_attention_heads: int, num_key_value_heads: int, where: str) -> None:
-    """Refuse a plan that this donor's heads cannot follow."""
+def check_plan(
+    plan: ConversionPlan, num_attention_heads: int, num_key_value_heads: int, where: str, wanted: int | None = None
+) -> None:
+    """Refuse a plan that this donor's heads cannot follow.
+
+    Args:
+        wanted: KV heads that the plan wants of these; by default those it wants of every layer.
+    """
     fewer, more = legal_targets(num_attention_heads, num_key_value_heads)
-    wanted = plan.num_key_value_heads
+    wanted = wanted or plan.num_key_value_heads or num_key_value_heads
     if wanted == num_key_value_heads:
         return
     if method_kind(plan.head_count_method) == "expand":

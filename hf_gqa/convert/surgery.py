@@ -11,6 +11,7 @@ from ..weights.head_statistics import HeadStatistics
 from ..weights.head_tensors import head_tensor_names, read_heads, write_heads
 from .donor import Donor
 from .layer_conversion import converted_layer
+from .layer_sharing import borrowed_pattern, check_readers, lent_heads
 from .plan import ConversionPlan
 from .target import Target
 
@@ -107,12 +108,18 @@ class _Surgery:
         self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
         self.head_tensor = _head_tensor_pattern(donor)
+        self.borrowed = borrowed_pattern(target.rows, target.layout, donor.model_class.base_model_prefix)
+        self.attention = {
+            int(match["layer"]): match["attention"] for match in map(self.head_tensor.fullmatch, self.names) if match
+        }
         self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
 
     def student_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """A student tensor stands where the donor has one of its name, else where its layer begins."""
         match = self.head_tensor.fullmatch(name)
         if match is None:
+            if self.borrowed.match(name):  # a norm of what the layer no longer computes
+                return {}
             return {self.student_name(name): self.target.passed_through(name, self.donor.tensors.get(name))}
         layer_idx = int(match["layer"])
         begins = layer_idx not in self.waiting
@@ -133,7 +140,13 @@ class _Surgery:
         heads = self.converted.get(layer_idx)
         if heads is None:
             statistics = None if self.statistics is None else self.statistics[layer_idx]
-            own = _read_layer(self.donor, attention, self.names)
+            own = lent_heads(self.donor_heads, self.target.rows, layer_idx, self.plan.shared_init)
             wanted = self.target.rows[layer_idx].num_key_value_heads
             heads = converted_layer(self.donor, self.plan, own, layer_idx, wanted, statistics)
-        return {f"{attention}.{name}": tensor for name, tensor in write_heads(self.target.layout, heads).items()}
+            check_readers(self.plan, self.target.rows, layer_idx, own, heads)
+        written = write_heads(self.target.layout, heads)
+        named = {f"{attention}.{name}": tensor for name, tensor in written.items()}
+        return {name: tensor for name, tensor in named.items() if not self.borrowed.match(name)}
+
+    def donor_heads(self, layer_idx: int) -> AttentionWeights:
+        return _read_layer(self.donor, self.attention[layer_idx], self.names)

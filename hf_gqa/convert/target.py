@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.layer_plan import LayerPlan
+from ..runtime.layer_plan import LayerPlan, check_rows
 from .donor import Donor
-from .families import family_of
+from .families import family_of, native_class
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
 
@@ -49,10 +48,8 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     Raises:
         Refusal: the plan does not fit the donor's heads or norms, or its `export` cannot be had.
     """
-    for heads in sorted(set(donor.num_key_value_heads)):
-        check_plan(plan, donor.num_attention_heads, heads, donor.name)
-    _check_scores(donor, plan)
-    rows = plan.rows(donor.config.num_hidden_layers)
+    rows = _checked_rows(donor, plan)
+    _check_scores(donor, plan, rows)
     native, obstacle = _native(donor, rows)
     if plan.export == "native" and native is None:
         raise Refusal(f"export = native: {obstacle}. Use --export auto or bundle.")
@@ -62,9 +59,50 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
     return _bundle(donor, rows, reason)
 
 
-def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
+def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
+    """The plan's table, when it fits the donor's heads and layers."""
+    sharing = [n for n, row in enumerate(getattr(donor.config, "layer_plan", None) or []) if len(row) > 1]
+    if sharing:
+        raise Refusal(
+            f"'{donor.name}': its layer {sharing[0]} borrows from another, and a student cannot be converted further. "
+            f"Convert its donor, with a plan that says all of it."
+        )
+    types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
+    rows = plan.rows(donor.num_key_value_heads, types)
+    pairs = zip(donor.num_key_value_heads, (row.num_key_value_heads for row in rows), strict=False)
+    for heads, wanted in dict.fromkeys(pairs):
+        check_plan(plan, donor.num_attention_heads, heads, donor.name, wanted)
+    try:
+        check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    if not donor.layout.passes_keywords and any(row.borrows_states for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: the blocks of a {donor.family.model_type} pass on nothing that one layer could lend "
+            f"to another. Use sharing = own."
+        )
+    _check_shared_init(plan, rows)
+    observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
+    if observing and any(row.borrows_states for row in rows):
+        raise Refusal(
+            f"method = {','.join(plan.method)}: '{observing[0]}' fits one layer after the other, and here layers share. "
+            f"Leave it out."
+        )
+    return rows
+
+
+def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
+    lent = any(row.query_from is None and (row.key_from, row.value_from) != (None, None) for row in rows)
+    if plan.shared_init != "own" and not lent:
+        raise Refusal(
+            f"shared_init = {plan.shared_init}: is about keys and values that a layer lends to layers with queries of their "
+            f"own, and there are none. Use shared_init = own."
+        )
+
+
+def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or set(donor.num_key_value_heads) == {plan.num_key_value_heads}:
+    if donor.layout.query_norm is None or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:
@@ -79,6 +117,8 @@ def _check_scores(donor: Donor, plan: ConversionPlan) -> None:
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
     layout = donor.family.donor_layout
+    if any(row != LayerPlan(num_key_value_heads=row.num_key_value_heads) for row in rows):
+        return None, f"in a native {layout.model_type} every layer owns its queries, keys, values and weights"
     if any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
     fields = donor.family.native_fields(donor.config, rows[0].num_key_value_heads)
@@ -103,7 +143,7 @@ def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], fields: dict) -> T
         export="native",
         reason=_why_native(donor, rows[0].num_key_value_heads),
         config=config,
-        model_class=donor.model_class if same_class else _native_class(donor),
+        model_class=donor.model_class if same_class else native_class(donor.model_class),
         layout=layout,
         rows=rows,
         same_class=same_class,
@@ -144,14 +184,9 @@ def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative
 
 def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
     family = donor.family
-    own_class = {
-        MODEL_MAPPING[family.native_config_class]: family.base_class,
-        MODEL_FOR_CAUSAL_LM_MAPPING[family.native_config_class]: family.causal_lm_class,
-        family.base_class: family.base_class,
-        family.causal_lm_class: family.causal_lm_class,
-    }
+    own_class = family.own_classes | {ours: ours for ours in family.own_classes.values()}
     if donor.model_class not in own_class:
-        allowed = ", ".join(sorted(c.__name__ for c in own_class if c.__module__.startswith("transformers.")))
+        allowed = ", ".join(sorted(native.__name__ for native in family.own_classes))
         raise Refusal(
             f"export: {donor.model_class.__name__} cannot become a bundle, and not a native student either "
             f"({reason}). Use a donor of class {allowed}."
@@ -185,8 +220,3 @@ def _plain(config: PretrainedConfig, config_class: type[PretrainedConfig], **cha
                 f"{transformers.__version__} copies it. Use a newer transformers."
             )
     return copied
-
-
-def _native_class(donor: Donor) -> type[PreTrainedModel]:
-    mapping = MODEL_MAPPING if donor.model_class is donor.family.base_class else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[donor.family.native_config_class]

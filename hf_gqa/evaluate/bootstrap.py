@@ -45,20 +45,37 @@ class Bootstrap:
             counts_W: what it adds to the denominator.
             transform: monotonic.
         """
-        sums_W, counts_W = np.asarray(sums_W, dtype=np.float64), np.asarray(counts_W, dtype=np.float64)
         groups = len(sums_W)
         if groups < FEWEST_GROUPS:
             return None
-        ratios_R = self._ratios(sums_W, counts_W)
-        tail = expanded_tail((1 - self.confidence_fraction) / 2, groups)
-        value = transform(np.float64(sums_W.sum() / counts_W.sum()))
-        low, high = transform(np.quantile(ratios_R, [tail, 1 - tail]))
+        value = transform(np.float64(np.sum(sums_W) / np.sum(counts_W)))
+        low, high = transform(np.quantile(self._ratios(sums_W, counts_W), self._tails(groups)))
         return Interval(value=float(value), low=float(low), high=float(high))
 
+    def difference(
+        self,
+        ours_W: np.ndarray,
+        theirs_W: np.ndarray,
+        counts_W: np.ndarray,
+        transform: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> Interval | None:
+        """Of `transform(ours / counts) - transform(theirs / counts)`, each a ratio of sums; None for too few groups."""
+        groups = len(counts_W)
+        if groups < FEWEST_GROUPS:
+            return None
+        ours, theirs = (transform(np.float64(np.sum(sums_W) / np.sum(counts_W))) for sums_W in (ours_W, theirs_W))
+        ours_R, theirs_R = (transform(self._ratios(sums_W, counts_W)) for sums_W in (ours_W, theirs_W))
+        low, high = np.quantile(ours_R - theirs_R, self._tails(groups))
+        return Interval(value=float(ours - theirs), low=float(low), high=float(high))
+
+    def _tails(self, groups: int) -> list[float]:
+        tail = expanded_tail((1 - self.confidence_fraction) / 2, groups)
+        return [tail, 1 - tail]
+
     def _ratios(self, sums_W: np.ndarray, counts_W: np.ndarray) -> np.ndarray:
-        """Of each resample; drawn in parts, for R x W may be large."""
+        """Of each resample, the same groups in each call; drawn in parts, for R x W may be large."""
         random, groups = np.random.default_rng(self.seed), len(sums_W)
-        both_W2, found = np.stack([sums_W, counts_W], axis=1), []
+        both_W2, found = np.stack([sums_W, counts_W], axis=1).astype(np.float64), []
         part = max(1, DRAWN_AT_ONCE // groups)
         for begin in range(0, self.resamples, part):
             rows = min(part, self.resamples - begin)

@@ -29,6 +29,10 @@ from .report import Interval, TaskScore
 
 LOCAL = "local_"
 WITHOUT_FILTER = "none"
+OF_THE_MEAN = {  # metrics that lm_eval computes of the (weighted) mean of the documents' log-likelihoods
+    **dict.fromkeys(("perplexity", "word_perplexity", "byte_perplexity"), lambda mean: np.exp(-mean)),
+    "bits_per_byte": lambda mean: -mean / np.log(2),
+}
 
 
 def run_tasks(
@@ -261,19 +265,29 @@ def _number_or_none(value) -> float | None:
 
 
 def _difference(theirs: dict, ours: dict, task: str, key: str, bootstrap: Bootstrap) -> Interval | None:
-    """Paired by document; None where the score is not the mean of the documents' scores (a perplexity, an F1, a group)."""
+    """Paired by document; None where the score is no function of the documents' mean (an F1, a group)."""
     columns = [_by_document(results, task, key) for results in (theirs, ours)]
     if any(column is None for column in columns) or columns[0].keys() != columns[1].keys():
         return None
-    donor_D, student_D = (np.array([column[document] for document in sorted(column)]) for column in columns)
-    means = [(donor_D, theirs), (student_D, ours)]
-    if any(abs(values_D.mean() - results["results"][task][key]) > 1e-9 for values_D, results in means):
+    donor_D2, student_D2 = (np.array([column[document] for document in sorted(column)]) for column in columns)
+    transform = OF_THE_MEAN.get(key.partition(",")[0], np.asarray)
+    for values_D2, results in ((donor_D2, theirs), (student_D2, ours)):
+        score = transform(values_D2[:, 0].sum() / values_D2[:, 1].sum())
+        if not abs(score - results["results"][task][key]) <= 1e-9 * max(1, abs(score)):
+            return None
+    if not np.array_equal(donor_D2[:, 1], student_D2[:, 1]):
         return None
-    return bootstrap.interval(student_D - donor_D, np.ones(len(donor_D)))
+    return bootstrap.difference(student_D2[:, 0], donor_D2[:, 0], donor_D2[:, 1], transform)
 
 
-def _by_document(results: dict, task: str, key: str) -> dict[int, float] | None:
+def _by_document(results: dict, task: str, key: str) -> dict[int, tuple[float, float]] | None:
+    """(score, weight) of each document: lm_eval keeps a number, or (log-likelihood, words or bytes)."""
     metric, _, filtered = key.partition(",")
     samples = [sample for sample in results["samples"].get(task, []) if sample["filter"] == filtered]
-    found = {sample["doc_id"]: sample.get(metric) for sample in samples}
-    return {k: float(v) for k, v in found.items()} if found and all(map(_is_number, found.values())) else None
+    found = {sample["doc_id"]: _pair(sample.get(metric)) for sample in samples}
+    known = found and all(_is_number(part) for pair in found.values() for part in pair)
+    return {document: (float(pair[0]), float(pair[1])) for document, pair in found.items()} if known else None
+
+
+def _pair(value) -> tuple:
+    return tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value, 1)

@@ -119,7 +119,8 @@ class TaskScore:
     Args:
         version: of the task.
         samples: documents that were scored.
-        difference: student's score less the donor's, paired by document; None where the task keeps no score per document.
+        difference: student's score less the donor's, paired by document; None where the score is no function of the
+            documents' mean.
     """
 
     task: str

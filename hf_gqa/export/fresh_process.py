@@ -10,16 +10,15 @@ import sys
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 
 def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, logits_file: str) -> dict:
     transformers.utils.logging.disable_progress_bar()
     native = getattr(transformers, model_class, None)
-    auto = (
-        AutoModel if model_class.endswith("Model") and not model_class.endswith("LMHeadModel") else AutoModelForCausalLM
-    )
-    loader = auto if native is None else native
+    _, has_head, head = model_class.rpartition("For")
+    own = getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel
+    loader = own if native is None else native
     model, loading = loader.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),

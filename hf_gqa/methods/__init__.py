@@ -23,6 +23,7 @@ from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics
 from ..weights.output_moments import OutputMoments
 from ..weights.query_fit import AttentionRows
+from ..weights.rotation import Rotation
 
 
 METHODS = Registry(__name__, "conversion method", "METHOD")
@@ -49,7 +50,7 @@ class MethodContext:
         num_key_value_heads: KV heads the layer shall have.
         seed: the plan's seed.
         initializer_range: standard deviation of the donor's own initialisation.
-        rotary: how rotary pairs lie in head_dim, as the family's layout says it; None for no rotation.
+        rotation: of the layer's queries and keys; None where nothing rotates.
         head_norms: whether queries and keys are normed, which stands between them and any map.
         statistics: of what the donor's attention reads over the calibration text; None where there is no text.
         before: the heads as they were before their number changed; for a `repair`.
@@ -60,7 +61,7 @@ class MethodContext:
     num_key_value_heads: int
     seed: int
     initializer_range: float
-    rotary: str | None = None
+    rotation: Rotation | None = None
     head_norms: bool = False
     statistics: HeadStatistics | None = None
     before: AttentionWeights | None = None

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from ..weights.attention_weights import AttentionWeights
-from ..weights.head_spaces import key_space, principal_maps, value_space, with_shared_keys, with_shared_values
+from ..weights.head_spaces import (
+    HeadSpace,
+    key_spaces,
+    principal_maps,
+    value_space,
+    with_shared_keys,
+    with_shared_values,
+)
 from . import MethodContext
 
 
@@ -14,7 +21,8 @@ class Fold:
     """Least-squares best shared head for what the layer's queries and output projection do with it, in closed form.
 
     Source: ours; nearest are TransMLA (Meng et al. 2025, arXiv 2502.07864) and Yu et al. 2024 (arXiv 2406.07056).
-    Under a rotary embedding, keys are mixed by one complex number per rotary pair, which commutes with it.
+    Under a rotary embedding, keys are mixed by one complex number per rotary pair, which commutes with it, and freely where they
+    do not rotate.
     """
 
     kind: str = "reduce"
@@ -23,13 +31,15 @@ class Fold:
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
         statistics = layer.statistics_for(heads)
         groups = layer.groups(heads)
-        maps = []
-        for space in (key_space(heads, statistics, layer.rotary), value_space(heads, statistics)):
+
+        def maps(space: HeadSpace) -> tuple[torch.Tensor, torch.Tensor]:
             read, write = zip(*(principal_maps(space.of(members)) for members in groups), strict=True)
-            maps.append((torch.cat(read), torch.cat(write)))
-        (key_read, key_write), (value_read, value_write) = maps
-        folded = with_shared_values(heads, value_read, value_write, len(groups), statistics.moment_FF[:, -1])
-        return with_shared_keys(folded, key_read, key_write, len(groups), layer.rotary)
+            return torch.cat(read), torch.cat(write)
+
+        values = maps(value_space(heads, statistics))
+        keys = [maps(space) for space in key_spaces(heads, statistics, layer.rotation)]
+        folded = with_shared_values(heads, *values, len(groups), statistics.moment_FF[:, -1])
+        return with_shared_keys(folded, keys, len(groups), layer.rotation)
 
 
 METHOD = Fold()

@@ -9,7 +9,7 @@ from math import factorial
 import torch
 
 from ..weights.attention_weights import AttentionWeights
-from ..weights.head_spaces import HeadSpace, key_space, value_space
+from ..weights.head_spaces import HeadSpace, key_spaces, value_space
 from . import MethodContext
 
 
@@ -31,7 +31,7 @@ class Group:
         if size in (1, count):
             return heads
         statistics = layer.statistics_for(heads)
-        kept = _energy([key_space(heads, statistics, layer.rotary), value_space(heads, statistics)])
+        kept = _energy([key_spaces(heads, statistics, layer.rotation), [value_space(heads, statistics)]])
         partitions = factorial(count) // factorial(size) ** (count // size) // factorial(count // size)
         if partitions <= MOST_PARTITIONS:
             best = max(_partitions(tuple(range(count)), size), key=lambda groups: sum(map(kept, groups)))
@@ -40,18 +40,19 @@ class Group:
         return _reordered(heads, [member for group in best for member in group])
 
 
-def _energy(spaces: list[HeadSpace]) -> Callable[[tuple[int, ...]], float]:
-    """What a group keeps of the whole layer's energy, keys and values together."""
-    weighted = [space.weighted_BKdKd for space in spaces]
-    totals = [torch.einsum("bhihi->", moment).real for moment in weighted]
+def _energy(kinds: list[list[HeadSpace]]) -> Callable[[tuple[int, ...]], float]:
+    """What a group keeps of the whole layer's energy, as fractions that keys and values may lose alike."""
+    weighted = [[space.weighted_BKdKd for space in spaces] for spaces in kinds]
+    totals = [sum(float(torch.einsum("bhihi->", part).real) for part in parts) for parts in weighted]
 
     @cache
     def kept(group: tuple[int, ...]) -> float:
-        energy = 0.0
-        for moment_BKdKd, total in zip(weighted, totals, strict=True):
-            width, picked = moment_BKdKd.shape[2], torch.tensor(group)
-            block = moment_BKdKd[:, picked][:, :, :, picked].reshape(len(moment_BKdKd), width * len(group), -1)
-            energy += float(torch.linalg.eigvalsh(block)[:, -width:].sum() / total)
+        energy, picked = 0.0, torch.tensor(group)
+        for parts, total in zip(weighted, totals, strict=True):
+            for moment_BKdKd in parts:
+                width = moment_BKdKd.shape[2]
+                block = moment_BKdKd[:, picked][:, :, :, picked].reshape(len(moment_BKdKd), width * len(group), -1)
+                energy += float(torch.linalg.eigvalsh(block)[:, -width:].sum()) / max(total, 1e-300)
         return energy
 
     return kept

@@ -19,10 +19,13 @@ class AttentionLayout:
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
         query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
         output_normed: whether a norm stands between the attention's output and the residual stream.
-        rotary: how rotary pairs lie in head_dim, or in the part of it that rotates: "halves" (i with i + D/2),
-            "interleaved" (2i with 2i + 1), or None for no rotary embedding.
+        rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
+            (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
+        unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
+        passes_keywords: whether blocks hand keywords that they do not know to their attention; layers cannot share
+            states otherwise.
         position: the position scheme in words, for people.
     """
 
@@ -40,7 +43,9 @@ class AttentionLayout:
     key_norm: str | None = None
     output_normed: bool = False
     rotary: str | None = None
+    unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
+    passes_keywords: bool = True
     position: str
 
     def unfused(self, model_type: str) -> "AttentionLayout":

@@ -106,6 +106,12 @@ def member_by_member(query, key, value, attn_mask, **options):
 
 def explicit(query, key, value, mask, scaling, dropout, softcap, s_aux):
     """`[B, H, Q, D]` with the scores in the open, for what no kernel computes. They take B * H * Q * S numbers."""
+    weights = probabilities(query, key, mask, scaling, softcap, s_aux)
+    return mix(drop(weights.to(value.dtype), dropout), value)
+
+
+def probabilities(query, key, mask, scaling, softcap=None, s_aux=None):
+    """The attention matrix `[B, H, Q, S]`, in float32 at least."""
     batch, heads, tokens, head_dim = query.shape
     rows = query.reshape(batch, key.shape[1], -1, head_dim) * (head_dim**-0.5 if scaling is None else scaling)
     scores = torch.matmul(rows, key.transpose(2, 3))
@@ -120,8 +126,27 @@ def explicit(query, key, value, mask, scaling, dropout, softcap, s_aux):
     weights = scores.softmax(dim=-1)
     if s_aux is not None:  # exp(score) / (sum of exp(scores) + exp(sink))
         weights = weights * torch.sigmoid(scores.logsumexp(dim=-1, keepdim=True) - s_aux.view(1, -1, 1, 1))
-    weights = drop(weights.to(value.dtype), dropout).view(batch, key.shape[1], -1, key.shape[2])
-    return torch.matmul(weights, value).reshape(batch, heads, tokens, value.shape[3])
+    return weights
+
+
+def mix(weights, value):
+    """`[B, H, Q, D]`: values `[B, K, S, D]` by an attention matrix `[B, H, Q, S]`; nothing is repeated."""
+    batch, heads, tokens, length = weights.shape
+    rows = weights.reshape(batch, value.shape[1], -1, length)
+    return torch.matmul(rows, value).reshape(batch, heads, tokens, value.shape[3])
+
+
+def attention_probabilities(
+    query, key, attention_mask, scaling, softcap=None, s_aux=None, position_bias=None, **kwargs
+):
+    """The attention matrix of one decoded token, `[B, H, 1, S]`, of which `grouped_sdpa` returns the product with values.
+
+    Arguments as there; in the dtype of the query.
+    """
+    mask = checked("attention_mask", attention_mask, query, key)
+    if position_bias is not None:
+        mask = biased(checked("position_bias", position_bias, query, key), mask)
+    return probabilities(query, key, mask, scaling, softcap, s_aux).to(query.dtype)
 
 
 def no_kernel_takes(query, key, value, mask, dropout) -> bool:

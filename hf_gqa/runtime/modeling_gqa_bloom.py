@@ -22,6 +22,7 @@ DONOR_LAYOUT = AttentionLayout(
     fused_blocks=None,
     output="dense",
     key_value_heads_field=None,
+    passes_keywords=False,
     position="ALiBi",
 )
 
@@ -62,12 +63,12 @@ class GQABloomAttention(PlannedAttention, BloomAttention):
         )
         return dropout_add(output, residual, self.hidden_dropout, self.training), weights
 
-    def mix(self, query, key, value, attention_mask, alibi, **kwargs):
+    def run_attention(self, query, key, value, attention_mask, alibi, **kwargs):
         """The native bias is `[B * H, 1, S]`, as long as the attention mask; a static cache is longer."""
         alibi = padded(alibi.unflatten(0, (len(query), -1)), key.shape[2])
         if self.config._attn_implementation == "eager":
-            return super().mix(query, key, value, attention_mask, alibi=alibi, **kwargs)
-        return super().mix(query, key, value, biased_mask(alibi, attention_mask, query, key), **kwargs)
+            return super().run_attention(query, key, value, attention_mask, alibi=alibi, **kwargs)
+        return super().run_attention(query, key, value, biased_mask(alibi, attention_mask, query, key), **kwargs)
 
 
 class GQABloomModel(PlannedModel, BloomModel):

@@ -22,6 +22,7 @@ DONOR_LAYOUT = AttentionLayout(
     output="out_proj",
     rotary="interleaved",
     key_value_heads_field=None,
+    passes_keywords=False,
     position="RoPE on part of each head, interleaved",
 )
 
@@ -71,10 +72,10 @@ class GQACodeGenAttention(PlannedAttention, CodeGenAttention):
         turned = apply_rotary_pos_emb(heads[..., :width], sine, cosine)
         return torch.cat([turned, heads[..., width:]], dim=-1)
 
-    def mix(self, query, key, value, attention_mask, **kwargs):
+    def run_attention(self, query, key, value, attention_mask, **kwargs):
         if self.config._attn_implementation != "eager":
             query, key = query.to(value.dtype), key.to(value.dtype)
-        return super().mix(query, key, value, attention_mask, **kwargs)
+        return super().run_attention(query, key, value, attention_mask, **kwargs)
 
 
 class GQACodeGenModel(PlannedModel, CodeGenModel):

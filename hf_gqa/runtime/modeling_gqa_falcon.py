@@ -23,6 +23,7 @@ DONOR_LAYOUT = AttentionLayout(
     output="dense",
     rotary="halves",
     key_value_heads_field=None,
+    passes_keywords=False,
     position="RoPE or ALiBi",
 )
 

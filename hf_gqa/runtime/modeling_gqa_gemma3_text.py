@@ -1,7 +1,12 @@
 """Gemma 3 text with the KV heads its plan gives each layer; sliding and full layers, query and key norms."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
@@ -41,8 +46,15 @@ class GQAGemma3TextModel(PlannedModel, Gemma3TextModel):
     default_attention = NAME
 
 
-class GQAGemma3TextForCausalLM(PlannedHead, Gemma3ForCausalLM, GenerationMixin):
-    config: GQAGemma3TextConfig
+class GQAGemma3TextHead(PlannedHead):
     config_class = GQAGemma3TextConfig
     model_class = GQAGemma3TextModel
     default_attention = NAME
+
+
+class GQAGemma3TextForCausalLM(GQAGemma3TextHead, Gemma3ForCausalLM, GenerationMixin):
+    config: GQAGemma3TextConfig
+
+
+class GQAGemma3TextForSequenceClassification(GQAGemma3TextHead, Gemma3TextForSequenceClassification):
+    config: GQAGemma3TextConfig

@@ -1,7 +1,14 @@
 """GPT-2 with the KV heads its plan gives each layer; separate query, key and value, learned positions."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    GPT2Config,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
@@ -49,8 +56,23 @@ class GQAGPT2Model(PlannedModel, GPT2Model):
     default_attention = NAME
 
 
-class GQAGPT2ForCausalLM(PlannedHead, GPT2LMHeadModel, GenerationMixin):
-    config: GQAGPT2Config
+class GQAGPT2Head(PlannedHead):
     config_class = GQAGPT2Config
     model_class = GQAGPT2Model
     default_attention = NAME
+
+
+class GQAGPT2ForCausalLM(GQAGPT2Head, GPT2LMHeadModel, GenerationMixin):
+    config: GQAGPT2Config
+
+
+class GQAGPT2ForSequenceClassification(GQAGPT2Head, GPT2ForSequenceClassification):
+    config: GQAGPT2Config
+
+
+class GQAGPT2ForTokenClassification(GQAGPT2Head, GPT2ForTokenClassification):
+    config: GQAGPT2Config
+
+
+class GQAGPT2ForQuestionAnswering(GQAGPT2Head, GPT2ForQuestionAnswering):
+    config: GQAGPT2Config

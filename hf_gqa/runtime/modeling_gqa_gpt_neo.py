@@ -19,6 +19,7 @@ DONOR_LAYOUT = AttentionLayout(
     attention="h.{layer_idx}.attn.attention",
     output="out_proj",
     key_value_heads_field=None,
+    passes_keywords=False,
     position="learned, local and global layers",
 )
 
@@ -67,7 +68,7 @@ class GQAGPTNeoAttention(PlannedAttention, NativeAttention):
         )
         return self.resid_dropout(output), weights
 
-    def mix(self, query, key, value, attention_mask, position_Q, **kwargs):
+    def run_attention(self, query, key, value, attention_mask, position_Q, **kwargs):
         """The model makes one mask for all layers; the window of a local one is added here."""
         position_Q1 = position_Q[:, None]
         position_S = torch.arange(key.shape[2], device=query.device)
@@ -75,10 +76,10 @@ class GQAGPTNeoAttention(PlannedAttention, NativeAttention):
         if self.attention_type == "local":
             allowed_QS = allowed_QS & (position_S > position_Q1 - self.config.window_size)
         if self.config._attn_implementation == "eager":
-            return super().mix(query, key, value, attention_mask, allowed_QS=allowed_QS, **kwargs)
+            return super().run_attention(query, key, value, attention_mask, allowed_QS=allowed_QS, **kwargs)
         if self.attention_type == "local":
             attention_mask = narrowed(attention_mask, allowed_QS)
-        return super().mix(query, key, value, attention_mask, **kwargs)
+        return super().run_attention(query, key, value, attention_mask, **kwargs)
 
 
 def narrowed(attention_mask, allowed_QS):

@@ -19,6 +19,7 @@ DONOR_LAYOUT = AttentionLayout(
     output="out_proj",
     rotary="interleaved",
     key_value_heads_field=None,
+    passes_keywords=False,
     position="RoPE on part of each head, interleaved",
 )
 

@@ -1,7 +1,14 @@
 """Llama with the KV heads its plan gives each layer."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
@@ -38,8 +45,23 @@ class GQALlamaModel(PlannedModel, LlamaModel):
     default_attention = NAME
 
 
-class GQALlamaForCausalLM(PlannedHead, LlamaForCausalLM, GenerationMixin):
-    config: GQALlamaConfig
+class GQALlamaHead(PlannedHead):
     config_class = GQALlamaConfig
     model_class = GQALlamaModel
     default_attention = NAME
+
+
+class GQALlamaForCausalLM(GQALlamaHead, LlamaForCausalLM, GenerationMixin):
+    config: GQALlamaConfig
+
+
+class GQALlamaForSequenceClassification(GQALlamaHead, LlamaForSequenceClassification):
+    config: GQALlamaConfig
+
+
+class GQALlamaForTokenClassification(GQALlamaHead, LlamaForTokenClassification):
+    config: GQALlamaConfig
+
+
+class GQALlamaForQuestionAnswering(GQALlamaHead, LlamaForQuestionAnswering):
+    config: GQALlamaConfig

@@ -1,7 +1,14 @@
 """Mistral with the KV heads its plan gives each layer; one sliding window for all layers."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import MistralConfig, MistralForCausalLM, MistralModel
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.mistral.modeling_mistral import MistralAttention, apply_rotary_pos_emb
 
@@ -42,8 +49,23 @@ class GQAMistralModel(PlannedModel, MistralModel):
     default_attention = NAME
 
 
-class GQAMistralForCausalLM(PlannedHead, MistralForCausalLM, GenerationMixin):
-    config: GQAMistralConfig
+class GQAMistralHead(PlannedHead):
     config_class = GQAMistralConfig
     model_class = GQAMistralModel
     default_attention = NAME
+
+
+class GQAMistralForCausalLM(GQAMistralHead, MistralForCausalLM, GenerationMixin):
+    config: GQAMistralConfig
+
+
+class GQAMistralForSequenceClassification(GQAMistralHead, MistralForSequenceClassification):
+    config: GQAMistralConfig
+
+
+class GQAMistralForTokenClassification(GQAMistralHead, MistralForTokenClassification):
+    config: GQAMistralConfig
+
+
+class GQAMistralForQuestionAnswering(GQAMistralHead, MistralForQuestionAnswering):
+    config: GQAMistralConfig

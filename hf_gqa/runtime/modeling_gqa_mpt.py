@@ -24,6 +24,7 @@ DONOR_LAYOUT = AttentionLayout(
     fused="Wqkv",
     output="out_proj",
     key_value_heads_field=None,
+    passes_keywords=False,
     position="ALiBi",
 )
 
@@ -67,13 +68,13 @@ class GQAMptAttention(PlannedAttention, MptAttention):
     def forward(self, hidden_states, position_bias, **kwargs):
         return super().forward(hidden_states, alibi=position_bias, **kwargs)
 
-    def mix(self, query, key, value, attention_mask, alibi, **kwargs):
+    def run_attention(self, query, key, value, attention_mask, alibi, **kwargs):
         """The native bias is `[H, 1, max_seq_len]`; its end belongs to the last key, and only differences count."""
         alibi = alibi[:, :, max(0, alibi.shape[2] - key.shape[2]) :]
         if self.config._attn_implementation == "eager":
-            return super().mix(query, key, value, attention_mask, alibi=alibi, **kwargs)
+            return super().run_attention(query, key, value, attention_mask, alibi=alibi, **kwargs)
         bias = alibi[None].to(query.dtype)
-        return super().mix(query, key, value, biased_mask(bias, ~attention_mask, query, key), **kwargs)
+        return super().run_attention(query, key, value, biased_mask(bias, ~attention_mask, query, key), **kwargs)
 
 
 class GQAMptModel(PlannedModel, MptModel):

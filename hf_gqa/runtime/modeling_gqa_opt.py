@@ -37,9 +37,9 @@ class GQAOPTAttention(PlannedAttention, OPTAttention):
         super().__init__(config, layer_idx)
         self.attention_dropout = config.attention_dropout
 
-    def mix(self, query, key, value, attention_mask, scaling, **kwargs):
+    def run_attention(self, query, key, value, attention_mask, scaling, **kwargs):
         """Queries are scaled, not scores: another rounding."""
-        return super().mix(query * scaling, key, value, attention_mask, scaling=1.0, **kwargs)
+        return super().run_attention(query * scaling, key, value, attention_mask, scaling=1.0, **kwargs)
 
 
 class GQAOPTModel(PlannedModel, OPTModel):

@@ -1,7 +1,14 @@
 """Qwen2 with the KV heads its plan gives each layer; query, key and value have biases."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForQuestionAnswering,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
@@ -38,8 +45,23 @@ class GQAQwen2Model(PlannedModel, Qwen2Model):
     default_attention = NAME
 
 
-class GQAQwen2ForCausalLM(PlannedHead, Qwen2ForCausalLM, GenerationMixin):
-    config: GQAQwen2Config
+class GQAQwen2Head(PlannedHead):
     config_class = GQAQwen2Config
     model_class = GQAQwen2Model
     default_attention = NAME
+
+
+class GQAQwen2ForCausalLM(GQAQwen2Head, Qwen2ForCausalLM, GenerationMixin):
+    config: GQAQwen2Config
+
+
+class GQAQwen2ForSequenceClassification(GQAQwen2Head, Qwen2ForSequenceClassification):
+    config: GQAQwen2Config
+
+
+class GQAQwen2ForTokenClassification(GQAQwen2Head, Qwen2ForTokenClassification):
+    config: GQAQwen2Config
+
+
+class GQAQwen2ForQuestionAnswering(GQAQwen2Head, Qwen2ForQuestionAnswering):
+    config: GQAQwen2Config

@@ -1,7 +1,14 @@
 """Qwen3 with the KV heads its plan gives each layer; norms over head_dim on queries and keys."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForQuestionAnswering,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
 
@@ -40,8 +47,23 @@ class GQAQwen3Model(PlannedModel, Qwen3Model):
     default_attention = NAME
 
 
-class GQAQwen3ForCausalLM(PlannedHead, Qwen3ForCausalLM, GenerationMixin):
-    config: GQAQwen3Config
+class GQAQwen3Head(PlannedHead):
     config_class = GQAQwen3Config
     model_class = GQAQwen3Model
     default_attention = NAME
+
+
+class GQAQwen3ForCausalLM(GQAQwen3Head, Qwen3ForCausalLM, GenerationMixin):
+    config: GQAQwen3Config
+
+
+class GQAQwen3ForSequenceClassification(GQAQwen3Head, Qwen3ForSequenceClassification):
+    config: GQAQwen3Config
+
+
+class GQAQwen3ForTokenClassification(GQAQwen3Head, Qwen3ForTokenClassification):
+    config: GQAQwen3Config
+
+
+class GQAQwen3ForQuestionAnswering(GQAQwen3Head, Qwen3ForQuestionAnswering):
+    config: GQAQwen3Config

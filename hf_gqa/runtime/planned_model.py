@@ -1,6 +1,12 @@
 """Mixins that put planned attention into a family's own configuration, base model and head class."""
 
-from .layer_plan import LayerPlan, check_rows, uniform_rows
+import sys
+
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, PreTrainedModel
+
+from .layer_plan import check_rows, read_rows, uniform_rows
+from .planned_attention import SharedStates, check_checkpointing
 
 
 class PlannedConfig:
@@ -18,23 +24,29 @@ class PlannedConfig:
             rows = uniform_rows(self.num_hidden_layers, self.num_key_value_heads)
             self.layer_plan = [row.to_dict() for row in rows]
         if getattr(self, "auto_map", None) is None:
-            file = type(self).__module__.rpartition(".")[2]
-            stem = type(self).__name__.removesuffix("Config")
-            self.auto_map = {
-                "AutoConfig": f"{file}.{stem}Config",
-                "AutoModel": f"{file}.{stem}Model",
-                "AutoModelForCausalLM": f"{file}.{stem}ForCausalLM",
-            }
+            module = sys.modules[type(self).__module__]
+            classes = {"AutoConfig": type(self), "AutoModel": own_class(module, PlannedModel), **head_classes(module)}
+            file = module.__name__.rpartition(".")[2]
+            self.auto_map = {auto_class: f"{file}.{ours.__name__}" for auto_class, ours in classes.items()}
 
     def validate_layer_plan(self):
-        rows = tuple(LayerPlan.from_dict(row) for row in self.layer_plan)
-        check_rows(rows, self.num_hidden_layers, self.num_attention_heads)
+        rows = read_rows(self)
+        check_rows(rows, self.num_hidden_layers, self.num_attention_heads, getattr(self, "layer_types", None))
         most = max(row.num_key_value_heads for row in rows)
         if self.num_key_value_heads != most:
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} is not the largest count in layer_plan, {most}. "
                 f"The rows decide: set num_key_value_heads to {most}, or convert the donor again."
             )
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """What transformers' caches ask: "reuse" for a layer that caches nothing."""
+        if self.layer_plan is None:
+            return None
+        rows = read_rows(self)
+        modes = ["reuse" if row.key_from is not None and row.value_from is not None else None for row in rows]
+        return modes if any(modes) else None
 
 
 class GroupedByDefault:
@@ -45,29 +57,52 @@ class GroupedByDefault:
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or self.default_attention, is_init_check)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if enable and any(row.borrows_states for row in read_rows(self.config)):
+            check_checkpointing(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
 
 class PlannedModel(GroupedByDefault):
     """Mixin before a family's native base model: keeps its blocks, replaces the attention inside each."""
 
     attention_class: type
 
-    def __init__(self, config):
-        super().__init__(config)
-        for layer_idx in range(config.num_hidden_layers):
+    def __init__(self, config, **options):
+        super().__init__(config, **options)
+        planned = []
+        for layer_idx, row in enumerate(read_rows(config)):
             path = self.attention_class.donor_layout.attention.format(layer_idx=layer_idx)
             block, _, name = path.rpartition(".")
-            setattr(self.get_submodule(block), name, self.attention_class(config, layer_idx))
+            planned.append(self.attention_class(config, layer_idx))
+            if row.query_from is not None:  # GPT-2 may scale scores by the depth of the layer that computes them
+                planned[layer_idx].scaling = planned[row.query_from].scaling
+            setattr(self.get_submodule(block), name, planned[layer_idx])
+        self.lends = any(attention.lends for attention in planned)
         self.post_init()
+
+    def forward(self, *args, **kwargs):
+        if self.lends:
+            kwargs["shared_states"] = SharedStates()
+        return super().forward(*args, **kwargs)
 
 
 class PlannedHead(GroupedByDefault):
-    """Mixin before a family's native head class: puts the planned base model below the native head."""
+    """Mixin before a family's native head class: puts the planned base model below the native head.
+
+    A family has as many of these as it likes. What follows `For` in the name of a class says which Auto class loads it:
+    `AutoModelForMaskedLM` loads `GQABertForMaskedLM`.
+    """
 
     model_class: type
 
     def __init__(self, config):
+        AutoModel.register(type(config), self.model_class, exist_ok=True)  # which the heads of most decoders ask
         super().__init__(config)
-        setattr(self, self.base_model_prefix, self.model_class(config))
+        native = getattr(self, self.base_model_prefix)
+        if type(native) is not self.model_class:
+            left_out = {"add_pooling_layer": False} if getattr(native, "pooler", native) is None else {}
+            setattr(self, self.base_model_prefix, self.model_class(config, **left_out))
         self.post_init()
 
 
@@ -79,3 +114,18 @@ class BuiltEagerly:
         config._attn_implementation = "eager"
         super().__init__(config)
         config._attn_implementation = self.get_correct_attn_implementation(wanted)
+
+
+def own_class(module, mixin: type) -> type:
+    """The one class of a family's file that has this mixin; TypeError if there is none, or are several."""
+    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c is not mixin]
+    if len(found) != 1:
+        raise TypeError(f"{module.__file__}: a family defines one subclass of {mixin.__name__}, got {len(found)}.")
+    return found[0]
+
+
+def head_classes(module) -> dict[str, type]:
+    """The head classes of a family's file by the name of the Auto class that loads each."""
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PlannedHead)]
+    heads = [c for c in classes if issubclass(c, PreTrainedModel)]
+    return {f"AutoModelFor{c.__name__.rpartition('For')[2]}": c for c in heads}

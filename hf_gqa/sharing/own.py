@@ -1,7 +1,7 @@
-"""Nothing is shared across layers: every layer owns its keys and values."""
+"""Nothing is shared across layers: every layer owns its queries, keys and values."""
 
-from ..runtime.layer_plan import LayerPlan, uniform_rows
+from ..runtime.layer_plan import LayerPlan
 
 
-def rows(num_hidden_layers: int, num_key_value_heads: int) -> tuple[LayerPlan, ...]:
-    return uniform_rows(num_hidden_layers, num_key_value_heads)
+def rows(lenders: tuple[int, ...], num_key_value_heads: tuple[int, ...]) -> tuple[LayerPlan, ...]:
+    return tuple(LayerPlan(num_key_value_heads=heads) for heads in num_key_value_heads)

@@ -14,11 +14,12 @@ import torch
 from .attention_weights import AttentionWeights
 from .head_statistics import HeadStatistics
 from .mixable_blocks import from_blocks, to_blocks, with_bias, without_bias
+from .rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpace:
-    """The keys, or the values, of one layer; float64 or complex128.
+    """The keys of one layer, a part of them that mixes (see mixable_blocks), or the values; float64 or complex128.
 
     Args:
         heads_KBdF: the projections with their biases.
@@ -44,22 +45,32 @@ class HeadSpace:
         return torch.einsum("hbij,bhjgk,gblk->bhigl", self.root_KBdd, self.moment_BKdKd, self.root_KBdd.conj())
 
 
-def key_space(heads: AttentionWeights, statistics: HeadStatistics, rotary: str | None) -> HeadSpace:
-    """Errors cost by the queries' second moment. A constant in every key moves no softmax, unless it is rotated."""
-    moment_FF = statistics.covariance_FF if rotary is None else statistics.moment_FF
-    query_HBdF = to_blocks(with_bias(heads.query_HDE, heads.query_bias_HD), rotary)
-    key_KBdF = to_blocks(with_bias(heads.key_KDE, heads.key_bias_KD), rotary)
-    power_HBdd = torch.einsum("hbif,fe,hbje->hbij", *_of_one_type(query_HBdF, statistics.moment_FF, query_HBdF.conj()))
-    power_KBdd = power_HBdd.unflatten(0, (heads.num_key_value_heads, -1)).sum(1)
-    return HeadSpace(
-        heads_KBdF=key_KBdF, moment_BKdKd=_moment(key_KBdF, moment_FF), root_KBdd=_hermitian_power(power_KBdd, 0.5)
-    )
+def key_spaces(heads: AttentionWeights, statistics: HeadStatistics, rotation: Rotation | None) -> list[HeadSpace]:
+    """Of each part of the keys; errors cost by the queries' second moment.
+
+    A constant in every key moves no softmax, unless it is rotated.
+    """
+    query_parts = to_blocks(with_bias(heads.query_HDE, heads.query_bias_HD), rotation)
+    key_parts = to_blocks(with_bias(heads.key_KDE, heads.key_bias_KD), rotation)
+    spaces = []
+    for query_HBdF, key_KBdF in zip(query_parts, key_parts, strict=True):
+        power_HBdd = _moment_of_each(query_HBdF, statistics.moment_FF)
+        spaces.append(
+            HeadSpace(
+                heads_KBdF=key_KBdF,
+                moment_BKdKd=_moment(
+                    key_KBdF, statistics.moment_FF if key_KBdF.is_complex() else statistics.covariance_FF
+                ),
+                root_KBdd=_hermitian_power(power_HBdd.unflatten(0, (heads.num_key_value_heads, -1)).sum(1), 0.5),
+            )
+        )
+    return spaces
 
 
 def value_space(heads: AttentionWeights, statistics: HeadStatistics) -> HeadSpace:
     """Errors cost by the output projection. Attention weights sum to one: a constant may move to the output's bias."""
     moment_FF = statistics.moment_FF if heads.output_bias_E is None else statistics.covariance_FF
-    value_KBdF = to_blocks(with_bias(heads.value_KDE, heads.value_bias_KD), None)
+    (value_KBdF,) = to_blocks(with_bias(heads.value_KDE, heads.value_bias_KD), None)
     output_EKGD = heads.output_EHD.double().unflatten(1, (heads.num_key_value_heads, -1))
     power_KBdd = torch.einsum("ekgi,ekgj->kij", output_EKGD, output_EKGD).unsqueeze(1)
     return HeadSpace(
@@ -107,16 +118,26 @@ def aligning_maps(group: HeadSpace, sweeps: int = 30) -> torch.Tensor:
 
 
 def with_shared_keys(
-    heads: AttentionWeights, read_KBdd: torch.Tensor, write_KBdd: torch.Tensor, groups: int, rotary: str | None
+    heads: AttentionWeights, maps: list[tuple[torch.Tensor, torch.Tensor]], groups: int, rotation: Rotation | None
 ) -> AttentionWeights:
-    """Each group's keys become `sum_h read_h @ key_h`, and queries read `write_h @` that."""
-    key_KBdF = to_blocks(with_bias(heads.key_KDE, heads.key_bias_KD), rotary)
-    shared_NBdF = (read_KBdd @ key_KBdF).unflatten(0, (groups, -1)).sum(1)
-    query_HBdF = to_blocks(with_bias(heads.query_HDE, heads.query_bias_HD), rotary)
+    """Each group's keys become `sum_h read_h @ key_h`, and queries read `write_h @` that.
+
+    Args:
+        maps: `read_KBdd` and `write_KBdd` of each part of the keys.
+    """
     members = heads.num_attention_heads // heads.num_key_value_heads
-    query_HBdF = write_KBdd.mH.repeat_interleave(members, dim=0) @ query_HBdF
-    key_KDE, key_bias_KD = without_bias(from_blocks(shared_NBdF, rotary), heads.key_KDE, heads.key_bias_KD)
-    query_HDE, query_bias_HD = without_bias(from_blocks(query_HBdF, rotary), heads.query_HDE, heads.query_bias_HD)
+    key_parts = to_blocks(with_bias(heads.key_KDE, heads.key_bias_KD), rotation)
+    query_parts = to_blocks(with_bias(heads.query_HDE, heads.query_bias_HD), rotation)
+    shared = [
+        (read_KBdd @ key_KBdF).unflatten(0, (groups, -1)).sum(1)
+        for (read_KBdd, _), key_KBdF in zip(maps, key_parts, strict=True)
+    ]
+    reading = [
+        write_KBdd.mH.repeat_interleave(members, dim=0) @ query_HBdF
+        for (_, write_KBdd), query_HBdF in zip(maps, query_parts, strict=True)
+    ]
+    key_KDE, key_bias_KD = without_bias(from_blocks(shared, rotation), heads.key_KDE, heads.key_bias_KD)
+    query_HDE, query_bias_HD = without_bias(from_blocks(reading, rotation), heads.query_HDE, heads.query_bias_HD)
     return replace(heads, query_HDE=query_HDE, query_bias_HD=query_bias_HD, key_KDE=key_KDE, key_bias_KD=key_bias_KD)
 
 
@@ -156,6 +177,10 @@ def with_shared_values(
 
 def _moment(heads_KBdF: torch.Tensor, moment_FF: torch.Tensor) -> torch.Tensor:
     return torch.einsum("hbif,fe,gbje->bhigj", *_of_one_type(heads_KBdF, moment_FF, heads_KBdF.conj()))
+
+
+def _moment_of_each(heads_HBdF: torch.Tensor, moment_FF: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("hbif,fe,hbje->hbij", *_of_one_type(heads_HBdF, moment_FF, heads_HBdF.conj()))
 
 
 def _of_one_type(*tensors: torch.Tensor) -> list[torch.Tensor]:

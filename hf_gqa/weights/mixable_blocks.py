@@ -1,33 +1,33 @@
 """Which dimensions of a head one linear map may mix so that what reads the head can undo it.
 
 Without a rotary embedding: any with any. A map of rotated queries and keys must commute with the rotation, and what does
-is one complex number per rotary pair. Blocks say both at once: a head is B blocks of d numbers, and a map is a `[d, d]`
-matrix per block; B = 1, d = D without rotation, B = D/2, d = 1 and complex numbers with it.
+is one complex number per rotary pair, and any map of the dimensions that do not rotate. Blocks say all of this at once: a
+part of a head is B blocks of d numbers, and a map is a `[d, d]` matrix per block; B = 1 without rotation, d = 1 and complex
+numbers with it.
 
 Shapes: N heads, D head_dim, E hidden, F = E + 1, B blocks, d numbers in a block.
 """
 
 import torch
 
-
-def to_blocks(heads_NDF: torch.Tensor, rotary: str | None) -> torch.Tensor:
-    """`[N, B, d, F]` of what lies as `[N, D, F]`.
-
-    Args:
-        rotary: how rotary pairs lie in head_dim, as `AttentionLayout` says it; None for no rotation.
-    """
-    if rotary is None:
-        return heads_NDF.unsqueeze(1)
-    assert rotary == "halves", rotary
-    return torch.complex(*heads_NDF.chunk(2, dim=1)).unsqueeze(2)
+from .rotation import Rotation
 
 
-def from_blocks(heads_NBdF: torch.Tensor, rotary: str | None) -> torch.Tensor:
+def to_blocks(heads_NDF: torch.Tensor, rotation: Rotation | None) -> list[torch.Tensor]:
+    """`[N, B, d, F]` for each part of what lies as `[N, D, F]`: the rotary pairs, then what does not rotate."""
+    if rotation is None:
+        return [heads_NDF.unsqueeze(1)]
+    pairs_NBF, still_NdF = rotation.split(heads_NDF, 1)
+    return [pairs_NBF.unsqueeze(2), still_NdF.unsqueeze(1)][: 2 if still_NdF.shape[1] else 1]
+
+
+def from_blocks(parts_NBdF: list[torch.Tensor], rotation: Rotation | None) -> torch.Tensor:
     """The inverse of `to_blocks`."""
-    if rotary is None:
-        return heads_NBdF.squeeze(1)
-    pairs_NBF = heads_NBdF.squeeze(2)
-    return torch.cat([pairs_NBF.real, pairs_NBF.imag], dim=1)
+    if rotation is None:
+        return parts_NBdF[0].squeeze(1)
+    pairs_NBF, still = parts_NBdF[0].squeeze(2), parts_NBdF[1:]
+    still_NdF = still[0].squeeze(1) if still else pairs_NBF.real[:, :0]
+    return rotation.join(pairs_NBF, still_NdF, 1)
 
 
 def with_bias(weight_NDE: torch.Tensor, bias_ND: torch.Tensor | None) -> torch.Tensor:

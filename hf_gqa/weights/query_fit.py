@@ -3,7 +3,8 @@
 What a score error costs is what it does to the softmax: errors count by the attention that the donor pays there, about
 their mean (the Fisher metric of the softmax, half of the KL divergence for small errors).
 
-Shapes: B rows, L and S tokens, H query heads, K KV heads, G = H/K, D head_dim, E hidden, F = E + 1 (a constant one last).
+Shapes: B rows, L and S tokens, H query heads, K KV heads, G = H/K, D head_dim, P rotary pairs, E hidden, F = E + 1 (a
+constant one last).
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 from .attention_weights import AttentionWeights
 from .mixable_blocks import with_bias, without_bias
+from .rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,16 +23,18 @@ class AttentionRows:
 
     Args:
         donor_BLE, student_BLE: inputs of the attention.
-        allowed_BHLS: which tokens see which; broadcasts.
-        rotation: (cos, sin), each `[B, L, D]`, for pairs that lie in halves; None for no rotation.
+        mask_BHLS: added to scores, minus infinity for tokens that are not seen; broadcasts.
         scaling: of the scores.
+        rotation: of queries and keys; None for none.
+        turn_BLP: what multiplies each complex pair; None for no rotation.
     """
 
     donor_BLE: torch.Tensor
     student_BLE: torch.Tensor
-    allowed_BHLS: torch.Tensor
-    rotation: tuple[torch.Tensor, torch.Tensor] | None
+    mask_BHLS: torch.Tensor
     scaling: float
+    rotation: Rotation | None = None
+    turn_BLP: torch.Tensor | None = None
 
 
 def fitted_queries(
@@ -76,7 +80,7 @@ class _Batch:
         key = self._rotated(_projected(donor.key_KDE, donor.key_bias_KD, theirs))
         copies = donor.num_attention_heads // donor.num_key_value_heads
         self.target = query @ key.repeat_interleave(copies, dim=1).mT * rows.scaling
-        self.attention = self.target.masked_fill(~rows.allowed_BHLS, -torch.inf).softmax(-1)
+        self.attention = (self.target + rows.mask_BHLS).softmax(-1)
         key = self._rotated(_projected(heads.key_KDE, heads.key_bias_KD, ours))
         self.key = key.repeat_interleave(self.copies, dim=1) * rows.scaling
         self.inputs_BLF = ours[..., :width]
@@ -95,10 +99,9 @@ class _Batch:
     def _rotated(self, heads_BHLD: torch.Tensor, back: bool = False) -> torch.Tensor:
         if self.rows.rotation is None:
             return heads_BHLD
-        cos, sin = (part.unsqueeze(1) for part in self.rows.rotation)
-        first, second = heads_BHLD.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return heads_BHLD * cos - turned * sin if back else heads_BHLD * cos + turned * sin
+        turn_B1LP = self.rows.turn_BLP.unsqueeze(1)
+        pairs_BHLP, still = self.rows.rotation.split(heads_BHLD, -1)
+        return self.rows.rotation.join(pairs_BHLP * (turn_B1LP.conj() if back else turn_B1LP), still, -1)
 
 
 def _with_one(inputs_BLE: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,154 @@
+"""Every head class of every family but the one that the other conformance tests use: what is below it is the same code.
+
+The oracle is that of test_conformance_oracle.
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import GPT2DoubleHeadsModel, PreTrainedModel
+
+from hf_gqa import Refusal, convert
+from hf_gqa.convert.families import load_family, native_class
+
+from .test_conformance import ATTENTIONS, assert_close_for_float32, assert_same_tensors, has_native_gqa
+from .test_conformance_oracle import overwrite_groups
+from .tiny_donors import VOCAB_SIZE, head_classes, tiny_config, tiny_donor, tokens_and_mask
+
+
+every_head = pytest.mark.parametrize(
+    "model_type, auto_class", head_classes(), ids=lambda name: name.rpartition("For")[2]
+)
+
+
+@torch.no_grad()
+def outputs_of(model: PreTrainedModel, padded: bool = False) -> list[torch.Tensor]:
+    """All that the head says, but of tokens that are padding, about which nothing is defined."""
+    tokens, mask = tokens_and_mask()
+    mask = mask if padded else torch.ones_like(mask)
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        output = model(tokens[None], attention_mask=mask[None])
+    else:
+        output = model(tokens, attention_mask=mask)
+    found = [tensor for tensor in output.to_tuple() if isinstance(tensor, torch.Tensor)]
+    return [tensor[mask.bool()] if tensor.shape[:2] == mask.shape else tensor for tensor in found]
+
+
+def assert_same_outputs(found: PreTrainedModel, expected: PreTrainedModel, compare) -> None:
+    for attention in ATTENTIONS:
+        for model in (found, expected):
+            model.set_attn_implementation(attention)
+        for padded in (False, True):
+            pairs = list(zip(outputs_of(found, padded), outputs_of(expected, padded), strict=True))
+            assert pairs
+            for ours, theirs in pairs:
+                compare(ours, theirs)
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(found, expected)
+
+
+@every_head
+def test_bundle_that_changes_nothing_changes_no_bit(model_type, auto_class):
+    donor = tiny_donor(model_type, auto_class=auto_class)
+    bundle = convert(donor, num_key_value_heads=4, export="bundle")
+    assert type(bundle) is load_family(model_type).head_classes[auto_class]
+    assert type(bundle.base_model) is load_family(model_type).base_class
+    assert_same_outputs(bundle, donor, assert_equal)
+    native = convert(bundle, num_key_value_heads=4)
+    assert type(native) is type(donor) is native_class(type(bundle))
+    assert_same_tensors(native.state_dict(), donor.state_dict())
+
+
+@every_head
+@pytest.mark.parametrize("after", [2, 1])
+def test_student_equals_oracle(model_type, auto_class, after):
+    donor = tiny_donor(model_type, auto_class=auto_class)
+    exports = ("native", "bundle") if has_native_gqa(model_type) else ("bundle",)
+    students = [convert(donor, num_key_value_heads=after, export=export) for export in exports]
+    overwrite_groups(donor, after)
+    for student in students:
+        assert_same_outputs(student, donor, assert_close_for_float32)
+
+
+# Argument: a list of [Auto class, folder, file for outputs]; each is loaded and saved again HOPS times.
+WITHOUT_HF_GQA = """
+import json, sys
+sys.modules["hf_gqa"] = None
+import torch, transformers
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+VOCAB_SIZE, HOPS = {VOCAB_SIZE}, {HOPS}
+{functions}
+for auto_class, folder, outputs in json.loads(sys.argv[1]):
+    for hop in range(1, HOPS + 1):
+        loader = getattr(transformers, auto_class)
+        model, loading = loader.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(loading.values()), (folder, loading)
+        assert type(model).__module__.startswith("transformers_modules."), type(model)
+        folder = f"{{folder}}-{{hop}}"
+        model.save_pretrained(folder)
+    save_file({{str(number): tensor for number, tensor in enumerate(outputs_of(model.eval(), True))}}, outputs)
+"""
+
+
+@pytest.fixture(scope="module")
+def hopped(tmp_path_factory) -> dict:
+    """Bundles by family and head: the student, its folder after the journey, and what the clean process computed."""
+    work, jobs, found = tmp_path_factory.mktemp("heads"), [], {}
+    for model_type, auto_class in head_classes():
+        student = convert(tiny_donor(model_type, auto_class=auto_class), num_key_value_heads=2, export="bundle")
+        folder, outputs = work / f"{model_type}-{auto_class}", work / f"{model_type}-{auto_class}.safetensors"
+        student.save_pretrained(folder)
+        jobs.append([auto_class, str(folder), str(outputs)])
+        found[model_type, auto_class] = student, work / f"{folder.name}-1-2-3", outputs
+    functions = "\n".join(map(inspect.getsource, (tokens_and_mask, outputs_of)))
+    code = WITHOUT_HF_GQA.format(VOCAB_SIZE=VOCAB_SIZE, HOPS=3, functions=functions)
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code, json.dumps(jobs)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},
+        stdin=subprocess.DEVNULL,
+        cwd=work,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return {key: (student, folder, load_file(outputs)) for key, (student, folder, outputs) in found.items()}
+
+
+@pytest.mark.slow
+@every_head
+def test_bundle_survives_three_hops_without_hf_gqa(model_type, auto_class, hopped):
+    student, folder, outputs = hopped[model_type, auto_class]
+    student.set_attn_implementation("grouped_sdpa")
+    expected = outputs_of(student, padded=True)
+    assert len(outputs) == len(expected)
+    for number, tensor in enumerate(expected):
+        assert torch.equal(outputs[str(number)], tensor)
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    family = load_family(model_type)
+    ours = {"AutoConfig": family.config_class, "AutoModel": family.base_class, **family.head_classes}
+    assert auto_map == {key: f"modeling_gqa_{model_type}.{own.__name__}" for key, own in ours.items()}
+    again = getattr(transformers, auto_class).from_pretrained(folder)  # hf_gqa is here: no trust is needed
+    assert type(again) is type(student)
+    assert_same_tensors(again.state_dict(), student.state_dict())
+
+
+def test_head_without_a_class_of_ours_is_refused():
+    donor = GPT2DoubleHeadsModel(tiny_config("gpt2"))
+    with pytest.raises(Refusal) as refused:
+        convert(donor, num_key_value_heads=2)
+    assert str(refused.value) == (
+        "export: GPT2DoubleHeadsModel cannot become a bundle, and not a native student either (a native gpt2 has as many "
+        "KV heads as query heads; gpt_bigcode, its native relative, has one KV head only). Use a donor of class "
+        "GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel, GPT2Model."
+    )
