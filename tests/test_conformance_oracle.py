@@ -24,6 +24,7 @@ from .test_conformance import (
     grouped_donor,
     has_native_gqa,
     logits_of,
+    set_attention,
 )
 from .tiny_donors import tiny_donor, tokens_and_mask
 
@@ -152,7 +153,7 @@ def assert_same_logits(student: PreTrainedModel, oracle: PreTrainedModel) -> Non
     for attention in ATTENTIONS:
         student.set_attn_implementation(attention)
         if oracle.config.model_type not in EAGER_ONLY:
-            oracle.set_attn_implementation(attention)
+            set_attention(oracle, attention)
         assert_close_for_float32(logits_of(student), logits_of(oracle))
         assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(oracle, padded=True)[real])
 

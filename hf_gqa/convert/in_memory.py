@@ -47,7 +47,7 @@ def convert(
         config=target.config,
         state_dict=dict(state),
         dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
+        attn_implementation=_attention_for(target.model_class, model.config._attn_implementation),
         output_loading_info=True,
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
@@ -56,6 +56,11 @@ def convert(
         student.generation_config = copy.deepcopy(model.generation_config)
     student.train(model.training)
     return student.to(model.device)
+
+
+def _attention_for(model_class: type[PreTrainedModel], wanted: str) -> str | None:
+    """The donor's attention implementation; the default where a class does not call attention through an interface."""
+    return wanted if wanted == "eager" or model_class._can_set_attn_implementation() else None
 
 
 def _restore_dtypes(student: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:

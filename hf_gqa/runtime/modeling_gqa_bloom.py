@@ -12,7 +12,7 @@ from .grouped_attention import NAME
 from .layer_plan import Rows
 from .linear_biases import biased_mask, padded
 from .planned_attention import PlannedAttention
-from .planned_model import PlannedConfig, PlannedHead, PlannedModel
+from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
 
 DONOR_LAYOUT = AttentionLayout(
@@ -71,7 +71,7 @@ class GQABloomAttention(PlannedAttention, BloomAttention):
         return super().run_attention(query, key, value, biased_mask(alibi, attention_mask, query, key), **kwargs)
 
 
-class GQABloomModel(PlannedModel, BloomModel):
+class GQABloomModel(BuiltEagerly, PlannedModel, BloomModel):
     config: GQABloomConfig
     config_class = GQABloomConfig
     attention_class = GQABloomAttention
@@ -79,7 +79,7 @@ class GQABloomModel(PlannedModel, BloomModel):
     _supports_sdpa = True
 
 
-class GQABloomForCausalLM(PlannedHead, BloomForCausalLM, GenerationMixin):
+class GQABloomForCausalLM(BuiltEagerly, PlannedHead, BloomForCausalLM, GenerationMixin):
     config: GQABloomConfig
     config_class = GQABloomConfig
     model_class = GQABloomModel

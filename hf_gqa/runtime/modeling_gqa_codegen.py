@@ -10,7 +10,7 @@ from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
 from .planned_attention import PlannedAttention
-from .planned_model import PlannedConfig, PlannedHead, PlannedModel
+from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
 
 DONOR_LAYOUT = AttentionLayout(
@@ -78,7 +78,7 @@ class GQACodeGenAttention(PlannedAttention, CodeGenAttention):
         return super().run_attention(query, key, value, attention_mask, **kwargs)
 
 
-class GQACodeGenModel(PlannedModel, CodeGenModel):
+class GQACodeGenModel(BuiltEagerly, PlannedModel, CodeGenModel):
     config: GQACodeGenConfig
     config_class = GQACodeGenConfig
     attention_class = GQACodeGenAttention
@@ -86,7 +86,7 @@ class GQACodeGenModel(PlannedModel, CodeGenModel):
     _supports_sdpa = True
 
 
-class GQACodeGenForCausalLM(PlannedHead, CodeGenForCausalLM, GenerationMixin):
+class GQACodeGenForCausalLM(BuiltEagerly, PlannedHead, CodeGenForCausalLM, GenerationMixin):
     config: GQACodeGenConfig
     config_class = GQACodeGenConfig
     model_class = GQACodeGenModel

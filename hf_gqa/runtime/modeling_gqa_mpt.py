@@ -15,7 +15,7 @@ from .grouped_attention import NAME
 from .layer_plan import Rows
 from .linear_biases import biased_mask
 from .planned_attention import PlannedAttention
-from .planned_model import PlannedConfig, PlannedHead, PlannedModel
+from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
 
 DONOR_LAYOUT = AttentionLayout(
@@ -77,7 +77,7 @@ class GQAMptAttention(PlannedAttention, MptAttention):
         return super().run_attention(query, key, value, biased_mask(bias, ~attention_mask, query, key), **kwargs)
 
 
-class GQAMptModel(PlannedModel, MptModel):
+class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):
     config: GQAMptConfig
     config_class = GQAMptConfig
     attention_class = GQAMptAttention
@@ -98,7 +98,7 @@ class GQAMptModel(PlannedModel, MptModel):
         )
 
 
-class GQAMptForCausalLM(PlannedHead, MptForCausalLM, GenerationMixin):
+class GQAMptForCausalLM(BuiltEagerly, PlannedHead, MptForCausalLM, GenerationMixin):
     config: GQAMptConfig
     config_class = GQAMptConfig
     model_class = GQAMptModel

@@ -107,7 +107,7 @@ class PlannedHead(GroupedByDefault):
 
 
 class BuiltEagerly:
-    """Mixin before `PlannedModel` and `PlannedHead` where native blocks look their attention up by a name, and know few."""
+    """Mixin before `PlannedModel` and `PlannedHead` where the native class knows few attention implementations by name."""
 
     def __init__(self, config):
         wanted = config._attn_implementation
