@@ -65,6 +65,7 @@ def assert_same_heads(found: AttentionWeights, expected: AttentionWeights) -> No
 @settings(deadline=None, max_examples=40)
 @shapes
 def test_read_heads_inverts_write_heads(layout, K, G, D, E, input_bias, output_bias, dtype):
+    K *= layout.fused_blocks or 1
     heads = numbered_heads(K * G, K, D, E, input_bias, output_bias, dtype)
     tensors = write_heads(layout, heads)
     assert set(tensors) <= set(head_tensor_names(layout))
@@ -79,6 +80,7 @@ def test_read_heads_inverts_write_heads(layout, K, G, D, E, input_bias, output_b
 @shapes
 def test_write_heads_inverts_read_heads(layout, K, G, D, E, input_bias, output_bias, dtype):
     """From tensors of the shapes the modules have: Linear `[out, in]`, Conv1D `[in, out]`."""
+    K *= layout.fused_blocks or 1
     H = K * G
     rows = {layout.query: H * D, layout.key: K * D, layout.value: K * D}
     if layout.fused:

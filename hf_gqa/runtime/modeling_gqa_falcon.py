@@ -2,15 +2,18 @@
 
 import math
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM, FalconModel
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconLinear, apply_rotary_pos_emb
 
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .linear_biases import padded
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -91,9 +94,26 @@ class GQAFalconModel(BuiltEagerly, PlannedModel, FalconModel):
     attention_class = GQAFalconAttention
     default_attention = NAME
 
+    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+        """Linear biases are as long as the attention mask; keys are longer in a static cache."""
+        if self.use_alibi and past_key_values is not None:
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            length, before = past_key_values.get_mask_sizes(tokens.shape[1], 0)[0], past_key_values.get_seq_length()
+            if attention_mask is None:
+                attention_mask = tokens.new_ones(len(tokens), before + tokens.shape[1], dtype=torch.long)
+            attention_mask = padded(attention_mask, length)
+        return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
 
 class GQAFalconForCausalLM(BuiltEagerly, PlannedHead, FalconForCausalLM, GenerationMixin):
     config: GQAFalconConfig
     config_class = GQAFalconConfig
     model_class = GQAFalconModel
     default_attention = NAME
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
+        """Linear biases are counted on the mask with two dimensions."""
+        if config.alibi:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)

@@ -54,6 +54,10 @@ class GroupedByDefault:
 
     default_attention: str
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # not what transformers found, and keeps on the class, for a native class that we extend
+
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or self.default_attention, is_init_check)
 
