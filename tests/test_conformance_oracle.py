@@ -44,6 +44,13 @@ VARIANTS = [
     ("gpt2", {"scale_attn_weights": False}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", {"tie_word_embeddings": False}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": None}),
+    ("opt", {"do_layer_norm_before": False, "enable_bias": False, "word_embed_proj_dim": 16}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("falcon", {"bias": True, "parallel_attn": False}),
+    ("gpt_neo", {"attention_types": [[["local"], 2]], "intermediate_size": None}),
+    ("gpt_bigcode", {"scale_attn_weights": False, "n_inner": 40}),
+    ("mpt", {"attn_config": {"softmax_scale": 0.5, "alibi_bias_max": 4}}),
 ]
 
 

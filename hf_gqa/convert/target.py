@@ -78,8 +78,8 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
         raise Refusal(str(error)) from None
     if not donor.layout.passes_keywords and any(row.borrows_states for row in rows):
         raise Refusal(
-            f"sharing = {plan.sharing}: the blocks of a {donor.family.model_type} pass on nothing that one layer could lend "
-            f"to another. Use sharing = own."
+            f"'{donor.name}': the blocks of a {donor.family.model_type} pass on nothing that one layer could lend to another. "
+            f"Use a plan in which no layer borrows, sharing = own."
         )
     _check_shared_init(plan, rows)
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
