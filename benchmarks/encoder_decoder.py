@@ -89,7 +89,8 @@ def main() -> None:
     random.seed(0)
     donor = T5ForConditionalGeneration(T5Config(**MODEL, decoder_start_token_id=0)).eval()
     models = {
-        heads: convert(donor, num_key_value_heads=heads, convert_encoder=True, export="bundle").eval() for heads in HEADS
+        heads: convert(donor, num_key_value_heads=heads, convert_encoder=True, export="bundle").eval()
+        for heads in HEADS
     }
     for model in models.values():
         model.set_attn_implementation("grouped_sdpa")

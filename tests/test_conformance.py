@@ -1,5 +1,7 @@
 """Every family: a plan that changes nothing changes no bit, and expansion is undone exactly by pooling."""
 
+import re
+
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -8,20 +10,32 @@ from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 from hf_gqa.methods import HEAD_COUNT_KINDS, METHODS, method_kind
 
-from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, tiny_donor, tokens_and_mask
+from .tiny_donors import (
+    ALL_MODEL_TYPES,
+    ENCODERS,
+    MODEL_TYPES,
+    NUM_ATTENTION_HEADS,
+    of_each_storage,
+    tiny_donor,
+    tokens_and_mask,
+    use_attention,
+)
 
 
 EXPORTS = ("auto", "bundle")
 ATTENTIONS = ("sdpa", "eager")
 HEAD_COUNT_METHODS = [name for name in METHODS.names() if method_kind(name) in HEAD_COUNT_KINDS]
 DROPOUTS = (
-    *("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "resid_dropout"),
-    *("embed_dropout", "dropout"),
-)
+    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout",
+    "residual_dropout", "hidden_dropout", "resid_dropout", "embed_dropout",
+)  # fmt: skip
 NO_DROPOUT = ("mpt",)  # its configuration takes whole numbers only
-EAGER_ONLY = ("bloom", "codegen", "gpt_neo", "gptj", "mpt")  # the native classes; ours take every implementation
 
-every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)
+every_model = pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
+every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)  # of causal language models
+every_storage = pytest.mark.parametrize("model_type", of_each_storage(ALL_MODEL_TYPES))
+every_decoder_storage = pytest.mark.parametrize("model_type", of_each_storage(MODEL_TYPES))
 every_export = pytest.mark.parametrize("export", EXPORTS)
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 
@@ -41,18 +55,12 @@ def grouped_donor(model_type: str, num_key_value_heads: int = 2, seed: int = 0, 
 
 def in_bfloat16(donor: PreTrainedModel) -> PreTrainedModel:
     """As loading in bfloat16 gives it; `donor.to(bfloat16)` would round the rotary frequencies too."""
-    state = {name: tensor.clone() for name, tensor in donor.state_dict().items()}
-    return type(donor).from_pretrained(None, config=donor.config, state_dict=state, dtype=torch.bfloat16)
-
-
-def set_attention(model: PreTrainedModel, attention: str) -> None:
-    """Of a donor; skips the test where the native class has no such attention."""
-    if attention != "eager" and model.config.model_type in EAGER_ONLY:
-        pytest.skip(f"a native {model.config.model_type} computes its attention eagerly only")
-    if model.config.model_type == "falcon":  # it can be built with either, and reads at every call which it was
-        model.config._attn_implementation = attention
-    else:
-        model.set_attn_implementation(attention)
+    narrow = type(donor)._from_config(donor.config, dtype=torch.bfloat16).eval()
+    narrow.load_state_dict(donor.state_dict())
+    for name, table in donor.named_buffers():  # of sines, made in the default dtype
+        if name.endswith("embed_positions"):
+            narrow.get_buffer(name).data = table
+    return narrow
 
 
 @torch.no_grad()
@@ -62,7 +70,12 @@ def logits_of(model: PreTrainedModel, padded: bool = False, **kwargs) -> torch.T
 
 
 def cached_head_counts(model: PreTrainedModel) -> list[int]:
-    """KV heads of each layer as the cache sees them, whatever the configuration says."""
+    """KV heads of each layer as the cache, or an encoder's keys, see them, whatever the configuration says."""
+    if model.config.model_type.removeprefix("gqa_") in ENCODERS:
+        head_dim = model.config.hidden_size // model.config.num_attention_heads
+        keys = re.compile(r"\.(?:k_proj|k_lin|key|Wqkv)\.weight$")
+        rows = [len(tensor) // head_dim for name, tensor in model.state_dict().items() if keys.search(name)]
+        return [heads if heads <= NUM_ATTENTION_HEADS else heads - 2 * NUM_ATTENTION_HEADS for heads in rows]
     cache = DynamicCache(config=model.config)
     logits_of(model, past_key_values=cache, use_cache=True)
     return [layer.keys.shape[1] for layer in cache.layers]
@@ -80,7 +93,7 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
         assert torch.equal(found[name], tensor), name
 
 
-@every_family
+@every_model
 @every_export
 @every_attention
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -89,15 +102,15 @@ def test_identity_plan_changes_no_bit(model_type, export, attention, dtype, num_
     donor = grouped_donor(model_type, 2) if num_key_value_heads == 2 else tiny_donor(model_type)
     if dtype == torch.bfloat16:
         donor = in_bfloat16(donor)
-    set_attention(donor, attention)
+    use_attention(donor, attention)
     student = convert(donor, num_key_value_heads=num_key_value_heads, export=export)
-    assert student.config._attn_implementation == attention
+    assert student.config._attn_implementation == donor.config._attn_implementation
     assert student.dtype == dtype
     for padded in (False, True):
         assert torch.equal(logits_of(student, padded), logits_of(donor, padded))
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("method", HEAD_COUNT_METHODS)
 def test_identity_plan_is_identity_for_every_method(model_type, export, method):
@@ -106,11 +119,11 @@ def test_identity_plan_is_identity_for_every_method(model_type, export, method):
     assert torch.equal(logits_of(student, padded=True), logits_of(donor, padded=True))
 
 
-@every_family
+@every_model
 @every_export
 def test_identity_plan_keeps_attention_weights_and_hidden_states(model_type, export):
     donor = tiny_donor(model_type)
-    donor.set_attn_implementation("eager")
+    use_attention(donor, "eager")
     student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export)
     tokens, mask = tokens_and_mask()
     found, expected = (
@@ -122,12 +135,12 @@ def test_identity_plan_keeps_attention_weights_and_hidden_states(model_type, exp
     assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
 
 
-@every_family
+@every_model
 @every_export
 @every_attention
 def test_identity_plan_drops_out_as_the_donor_does(model_type, export, attention):
     donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, 0.3))
-    set_attention(donor, attention)
+    use_attention(donor, attention)
     student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export).train()
     donor.train()
     if model_type in NO_DROPOUT:
@@ -140,11 +153,11 @@ def test_identity_plan_drops_out_as_the_donor_does(model_type, export, attention
     assert not torch.equal(outputs[0], logits_of(donor.eval())), "no dropout happened"
 
 
-@every_family
+@every_model
 @every_attention
 def test_bundle_becomes_native_again_bit_for_bit(model_type, attention):
     donor = tiny_donor(model_type)
-    set_attention(donor, attention)
+    use_attention(donor, attention)
     bundle = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export="bundle")
     native = convert(bundle, num_key_value_heads=NUM_ATTENTION_HEADS)
     assert type(native) is type(donor)
@@ -152,7 +165,7 @@ def test_bundle_becomes_native_again_bit_for_bit(model_type, attention):
     assert torch.equal(logits_of(native, padded=True), logits_of(donor, padded=True))
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -167,13 +180,13 @@ def test_mean_pool_undoes_expand_bit_for_bit(model_type, export, few, many, dtyp
     assert_same_tensors(pooled.state_dict(), donor.state_dict())
 
 
-@every_family
+@every_model
 @every_export
 @every_attention
 @pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
 def test_expand_keeps_logits(model_type, export, attention, few, many):
     donor = grouped_donor(model_type, few)
-    set_attention(donor, attention)
+    use_attention(donor, attention)
     expanded = convert(donor, num_key_value_heads=many, method="expand", export=export)
     assert cached_head_counts(expanded) == [many] * donor.config.num_hidden_layers
     _, mask = tokens_and_mask()
@@ -181,7 +194,7 @@ def test_expand_keeps_logits(model_type, export, attention, few, many):
     assert_close_for_float32(logits_of(expanded, padded=True)[real], logits_of(donor, padded=True)[real])
 
 
-@every_family
+@every_model
 @every_export
 def test_tied_embeddings_stay_tied(model_type, export):
     donor = tiny_donor(model_type, tie_word_embeddings=True)
@@ -189,7 +202,7 @@ def test_tied_embeddings_stay_tied(model_type, export):
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
 
-@every_family
+@every_model
 @every_export
 def test_untied_embeddings_stay_untied(model_type, export):
     donor = tiny_donor(model_type, tie_word_embeddings=False)

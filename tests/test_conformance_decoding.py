@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from hf_gqa import convert
 
 from .test_conformance import ATTENTIONS, assert_close_for_float32, every_export, every_family, logits_of
-from .tiny_donors import tiny_donor, tokens_and_mask
+from .tiny_donors import tiny_donor, tokens_and_mask, use_attention
 
 
 # prefill beyond the window, a chunk of several tokens, then token by token
@@ -30,7 +30,7 @@ def converted(model_type: str, export: str, num_key_value_heads: int, seed: int)
 
 def student_of(model_type: str, export: str, num_key_value_heads: int = 2, seed: int = 0, attention: str = "sdpa"):
     student = converted(model_type, export, num_key_value_heads, seed)
-    student.set_attn_implementation(attention)
+    use_attention(student, attention)
     return student
 
 

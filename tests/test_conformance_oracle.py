@@ -16,17 +16,15 @@ from hf_gqa.runtime.modeling_gqa_gpt2 import GQAGPT2ForCausalLM
 
 from .test_conformance import (
     ATTENTIONS,
-    EAGER_ONLY,
     assert_close_for_float32,
     cached_head_counts,
     every_export,
-    every_family,
+    every_model,
     grouped_donor,
     has_native_gqa,
     logits_of,
-    set_attention,
 )
-from .tiny_donors import tiny_donor, tokens_and_mask
+from .tiny_donors import NUM_ATTENTION_HEADS, tiny_donor, tokens_and_mask, use_attention
 
 
 HEAD_COUNTS = [(4, 2), (4, 1), (2, 1)]
@@ -40,6 +38,21 @@ VARIANTS = [
     ("qwen3", {"attention_bias": True, "use_sliding_window": False, "layer_types": None}),
     ("gemma3_text", {"attention_bias": True, "query_pre_attn_scalar": 7}),
     ("gemma3_text", {"use_bidirectional_attention": True}),
+    ("starcoder2", {"use_bias": False, "sliding_window": None}),
+    ("phi", {"qk_layernorm": False}),
+    ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0}}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}}),
+    ("gemma", {"attention_bias": True, "use_bidirectional_attention": True}),
+    ("gemma", {"head_dim": 16}),
+    ("gemma2", {"attention_bias": True, "attn_logit_softcapping": None, "head_dim": 16}),
+    ("gemma2", {"use_bidirectional_attention": True}),
+    ("olmo2", {"attention_bias": True}),
+    ("mixtral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen3_moe", {"attention_bias": True, "mlp_only_layers": [0]}),
+    ("stablelm", {"qk_layernorm": False, "use_parallel_residual": True}),
+    ("granite", {"attention_bias": True, "mlp_bias": True}),
+    ("cohere", {"use_qk_norm": False, "attention_bias": True}),
+    ("glm4", {"attention_bias": False}),
     ("gpt2", {"n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 1e-3}),
     ("gpt2", {"scale_attn_weights": False}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
@@ -54,83 +67,104 @@ VARIANTS = [
 ]
 
 
-PROJECTIONS = "c_attn|k_proj|v_proj|query_key_value|Wqkv|qkv_proj"
+PROJECTION = re.compile(
+    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self|self_attention|attn\.attention)\."
+    r"(c_attn|Wqkv|qkv_proj|query_key_value|k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)$"
+)
 
 
-def key_value_views(
-    tensors: Mapping[str, torch.Tensor], config: PretrainedConfig
-) -> dict[tuple[int, str, str], torch.Tensor]:
+def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[tuple[int, str, str], torch.Tensor]:
     """Views `[K, D, ...]` of keys and values by (layer, "key" or "value", "weight" or "bias"); writing changes the model.
 
     Args:
         tensors: native names, or those of our own classes -> parameters, or anything of their shapes.
-        config: of the model that they are of.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     views = {}
     for name, tensor in tensors.items():
-        match = re.search(rf"\.(\d+)\.(?:\w+\.)+({PROJECTIONS})\.(weight|bias)$", name)
+        match = PROJECTION.search(name)
         if match is None:
             continue
         layer_idx, projection, kind = int(match[1]), match[2], match[3]
-        if projection in ("k_proj", "v_proj"):
-            parts = {"key" if projection == "k_proj" else "value": tensor.detach().unflatten(0, (-1, head_dim))}
+        if projection in ("c_attn", "Wqkv", "qkv_proj", "query_key_value"):
+            shape = tensors[f"{name.rpartition('.')[0]}.weight"].shape
+            is_conv1d = shape[0] < shape[1]  # GPT-2: the last axis holds queries, keys and values
+            rows = tensor.detach().movedim(-1, 0) if is_conv1d else tensor.detach()
+            _, key, value = split_of(name, is_conv1d)(rows, head_dim)
+            parts = {"key": key, "value": value}
         else:
-            rows = (
-                tensor.detach().movedim(-1, 0)
-                if projection in TRANSPOSED.get(config.model_type, ())
-                else tensor.detach()
-            )
-            parts = dict(zip(("query", "key", "value"), FUSED[config.model_type](rows, config, head_dim), strict=True))
-            del parts["query"]
+            rows = tensor.detach().unflatten(0, (-1, head_dim))
+            parts = {"key" if projection.startswith("k") else "value": rows}
         for part, view in parts.items():
             assert view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr(), "a copy changes nothing"
             views[layer_idx, part, kind] = view
     return views
 
 
-def split_thirds(rows: torch.Tensor, config: PretrainedConfig, head_dim: int) -> list[torch.Tensor]:
+def split_of(name: str, is_conv1d: bool) -> Callable[[torch.Tensor, int], list[torch.Tensor]]:
+    """How the rows of the fused projection of this native name fall into query, key and value heads."""
+    if "query_key_value" in name or ("c_attn" in name and not is_conv1d):
+        return split_groups
+    if ".self_attn.qkv_proj" in name:
+        return split_phi3
+    return split_quarters if "qkv_proj" in name else split_thirds
+
+
+def split_thirds(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
     """All queries, all keys, all values."""
     return [part.unflatten(0, (-1, head_dim)) for part in rows.chunk(3)]
 
 
-def split_triples(rows: torch.Tensor, config: PretrainedConfig, head_dim: int) -> list[torch.Tensor]:
-    """Query, key and value of each head side by side."""
-    return list(rows.unflatten(0, (-1, 3, head_dim)).unbind(1))
+def split_phi3(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """The same, with as many keys and values as there are."""
+    query, rest = rows.split((NUM_ATTENTION_HEADS * head_dim, len(rows) - NUM_ATTENTION_HEADS * head_dim))
+    return [part.unflatten(0, (-1, head_dim)) for part in (query, *rest.chunk(2))]
 
 
-def split_groups(rows: torch.Tensor, config: PretrainedConfig, head_dim: int) -> list[torch.Tensor]:
-    """The query heads of a group side by side, then their key and value: any Falcon, and GPT-BigCode."""
-    groups = (len(rows) // head_dim - config.num_attention_heads) // 2
+def split_groups(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """The query heads of a group side by side, then their key and value: GPT-NeoX, BLOOM, any Falcon, GPT-BigCode."""
+    groups = (len(rows) // head_dim - NUM_ATTENTION_HEADS) // 2
     grouped = rows.unflatten(0, (groups, -1, head_dim))
     return [grouped[:, :-2].flatten(0, 1), grouped[:, -2], grouped[:, -1]]
 
 
-def split_quarters(rows: torch.Tensor, config: PretrainedConfig, head_dim: int) -> list[torch.Tensor]:
+def split_quarters(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
     """CodeGen: four blocks of queries, values and keys, in this order."""
     query, value, key = rows.unflatten(0, (4, 3, -1, head_dim)).unbind(1)
     return [part.flatten(0, 1) for part in (query, key, value)]
 
 
-FUSED = {
-    "bloom": split_triples,
-    "codegen": split_quarters,
-    "falcon": split_groups,
-    "gpt2": split_thirds,
-    "gpt_bigcode": split_groups,
-    "gpt_neox": split_triples,
-    "mpt": split_thirds,
-}
-TRANSPOSED = {"gpt2": ("c_attn",)}  # Conv1D
+OWN_NORMS = {
+    "olmo2": "k_norm",
+    "cohere": "k_norm",
+    "stablelm": "k_layernorm",
+}  # with weights of their own for each head
+
+
+def key_norm_views(
+    tensors: Mapping[str, torch.Tensor], model_type: str, head_dim: int
+) -> dict[tuple[int, str, str], list[torch.Tensor]]:
+    """Views `[D]` of each head's weights by (layer, "key norm", "weight"), in families whose heads have their own."""
+    views = {}
+    for name, tensor in tensors.items():
+        match = re.search(
+            rf"\.(\d+)\.self_attn\.{OWN_NORMS.get(model_type.removeprefix('gqa_'))}\.(?:\w+\.)*weight$", name
+        )
+        if match is not None:
+            rows = tensor.detach().view(-1, head_dim)
+            views.setdefault((int(match[1]), "key norm", "weight"), []).extend(rows)
+    return views
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
 
 
 def model_key_value_views(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:
-    config = model.config
-    views = key_value_views(dict(model.named_parameters()), config)
+    views = key_value_views(dict(model.named_parameters()), head_dim(model))
     assert {(layer, part) for layer, part, _ in views} == {
-        (layer, part) for layer in range(config.num_hidden_layers) for part in ("key", "value")
+        (layer, part) for layer in range(model.config.num_hidden_layers) for part in ("key", "value")
     }, "a family with other native names: extend key_value_views"
-    return views
+    return views | key_norm_views(dict(model.named_parameters()), model.config.model_type, head_dim(model))
 
 
 def mean_of(members: list[torch.Tensor]) -> torch.Tensor:
@@ -158,9 +192,8 @@ def assert_same_logits(student: PreTrainedModel, oracle: PreTrainedModel) -> Non
     """With every attention implementation, with and without padding; what a padding token computes is undefined."""
     real = tokens_and_mask()[1].bool()
     for attention in ATTENTIONS:
-        student.set_attn_implementation(attention)
-        if oracle.config.model_type not in EAGER_ONLY:
-            set_attention(oracle, attention)
+        use_attention(student, attention)
+        use_attention(oracle, attention, or_skip=False)
         assert_close_for_float32(logits_of(student), logits_of(oracle))
         assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(oracle, padded=True)[real])
 
@@ -170,7 +203,7 @@ def copies_exactly(config: PretrainedConfig) -> bool:
     return type(config)(**config.to_dict()).to_dict() == config.to_dict()
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("before, after", HEAD_COUNTS)
 @pytest.mark.parametrize("method", ORACLES)
@@ -198,7 +231,7 @@ def test_student_of_a_configuration_variant_equals_oracle(model_type, changes, e
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 @every_export
 @pytest.mark.parametrize("part", ["key", "value"])
 def test_oracle_notices_strided_groups_of_one_projection(model_type, export, part, monkeypatch):
@@ -258,7 +291,7 @@ def test_gpt2_variant_without_native_relative_becomes_a_bundle(field, tmp_path):
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 def test_auto_export_is_native_where_the_family_can(model_type):
     donor = tiny_donor(model_type)
     student = convert(donor, num_key_value_heads=2)

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     **{"runtime": 0, "weights": 1, "methods": 2, "sharing": 2, "convert": 3, "text": 3},
-    **{"evaluate": 4, "uptrain": 4, "export": 5, "workflow": 6, "cli": 7},
+    **{"evaluate": 4, "uptrain": 4, "analyze": 5, "export": 5, "workflow": 6, "cli": 7},
 }
 FOR_ALL_BUT_RUNTIME = {"evaluating", "progress_bar", "human_units", "recipe", "refusal", "registry", "staging"}
 PLUGINS = re.compile(

@@ -17,12 +17,11 @@ from .test_conformance import (
     assert_same_tensors,
     cached_head_counts,
     logits_of,
-    set_attention,
 )
 from .test_conformance_decoding import assert_cached_equals_uncached, assert_same_generation, generate
 from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
 from .test_examples import EXAMPLES
-from .tiny_donors import tiny_donor, tokens_and_mask
+from .tiny_donors import tiny_donor, tokens_and_mask, use_attention
 
 
 FALCONS = {
@@ -75,7 +74,7 @@ def test_falcon_equals_the_oracle_from_every_layout(layout, groups):
     student = convert(donor, num_key_value_heads=groups, export="bundle")
     assert cached_head_counts(student) == [groups] * donor.config.num_hidden_layers
     overwrite_groups(donor, groups)
-    set_attention(donor, "sdpa")  # its eager attention adds linear biases twice
+    use_attention(donor, "sdpa")  # its eager attention adds linear biases twice
     real = tokens_and_mask()[1].bool()
     for attention in ("grouped_sdpa", "sdpa", "eager"):
         student.set_attn_implementation(attention)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoModel, PreTrainedModel
 
 from hf_gqa import convert
 from hf_gqa.convert.families import load_family
@@ -17,14 +18,20 @@ from .test_conformance import (
     cached_head_counts,
     every_export,
     every_family,
+    every_model,
+    every_storage,
     logits_of,
 )
 from .test_conformance_decoding import assert_cached_equals_uncached, generate, logits_in_chunks, new_cache
 from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
-from .tiny_donors import NUM_ATTENTION_HEADS, tiny_config, tiny_donor, tokens_and_mask
+from .tiny_donors import NUM_ATTENTION_HEADS, default_head, tiny_config, tiny_donor, tokens_and_mask
 
 
 UNEVEN = (2, 1)
+
+
+def auto_head(model_type: str):
+    return getattr(transformers, default_head(model_type))
 
 
 def bundle_config(model_type: str, heads: tuple[int, ...] | None, **changes):
@@ -38,7 +45,7 @@ def bundle_config(model_type: str, heads: tuple[int, ...] | None, **changes):
 
 def uneven_student(model_type: str, heads: tuple[int, ...] = UNEVEN) -> PreTrainedModel:
     """A bundle whose layers have different numbers of KV heads, with weights that show in the logits."""
-    student = AutoModelForCausalLM.from_config(bundle_config(model_type, heads)).eval()
+    student = auto_head(model_type).from_config(bundle_config(model_type, heads)).eval()
     donor = tiny_donor(model_type)
     generator = torch.Generator().manual_seed(1)
     like_donor = donor.state_dict()
@@ -56,7 +63,7 @@ def copies_of_heads(student: PreTrainedModel) -> PreTrainedModel:
     """The slow reference: the bundle with as many KV heads as query heads, each a copy of the student's."""
     rows = (NUM_ATTENTION_HEADS,) * student.config.num_hidden_layers
     model_type = student.config.model_type.removeprefix("gqa_")
-    reference = AutoModelForCausalLM.from_config(bundle_config(model_type, rows)).eval()
+    reference = auto_head(model_type).from_config(bundle_config(model_type, rows)).eval()
     own, copied = student.state_dict(), reference.state_dict()
     reference.load_state_dict({name: own[name] if own[name].shape == t.shape else t for name, t in copied.items()})
     views = model_key_value_views(reference)
@@ -77,7 +84,8 @@ def test_row_round_trip_and_refusals():
         with pytest.raises(ValueError) as refused:
             LayerPlan.from_dict(wrong)
         assert str(refused.value) == (
-            f"layer_plan: a row has the keys ['num_key_value_heads'], got {got}. Convert the donor again."
+            f"layer_plan: a row has the key num_key_value_heads and may have key_from, parameters_from, query_from, tied, "
+            f"value_from; got {got}. Convert the donor again."
         )
 
 
@@ -103,7 +111,7 @@ def test_rows_that_divide_are_accepted(heads):
     check_rows(uniform_rows(2, heads), num_hidden_layers=2, num_attention_heads=6)
 
 
-@every_family
+@every_model
 def test_configuration_round_trip_through_json(model_type, tmp_path):
     config = bundle_config(model_type, UNEVEN)
     assert config.layer_plan == [{"num_key_value_heads": 2}, {"num_key_value_heads": 1}]
@@ -115,7 +123,7 @@ def test_configuration_round_trip_through_json(model_type, tmp_path):
     assert type(config).from_pretrained(tmp_path).layer_plan == config.layer_plan
 
 
-@every_family
+@every_model
 def test_configuration_without_rows_is_uniform(model_type):
     config = load_family(model_type).config_class(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
     assert config.layer_plan == [{"num_key_value_heads": 2}] * 3
@@ -126,7 +134,7 @@ def test_gpt2_configuration_without_kv_heads_has_all_of_them():
     assert (config.num_key_value_heads, config.layer_plan) == (4, [{"num_key_value_heads": 4}] * 2)
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -142,7 +150,8 @@ def test_gpt2_configuration_without_kv_heads_has_all_of_them():
         ),
         (
             {"layer_plan": [{"heads": 2}, {"heads": 1}]},
-            "layer_plan: a row has the keys ['num_key_value_heads'], got ['heads']. Convert the donor again.",
+            "layer_plan: a row has the key num_key_value_heads and may have key_from, parameters_from, query_from, tied, "
+            "value_from; got ['heads']. Convert the donor again.",
         ),
     ],
     ids=["count", "rows", "divide", "keys"],
@@ -156,11 +165,11 @@ def test_configuration_that_contradicts_its_rows_is_refused(model_type, changes,
     assert message in str(refused.value)
 
 
-@every_family
+@every_model
 def test_new_model_is_initialised_as_its_family_is(model_type):
     """The modules that replace native ones get the family's initialisation, not that of torch."""
     config = bundle_config(model_type, UNEVEN, initializer_range=0.5)
-    for auto_class in (AutoModel, AutoModelForCausalLM):
+    for auto_class in (AutoModel, auto_head(model_type)):
         torch.manual_seed(0)
         for (_, _, kind), view in model_key_value_views(auto_class.from_config(config)).items():
             if kind == "bias":
@@ -169,14 +178,14 @@ def test_new_model_is_initialised_as_its_family_is(model_type):
                 assert view.std().item() == pytest.approx(0.5, rel=0.2)
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_new_model_ties_its_embeddings_if_asked(model_type, tied):
-    student = AutoModelForCausalLM.from_config(bundle_config(model_type, UNEVEN, tie_word_embeddings=tied))
+    student = auto_head(model_type).from_config(bundle_config(model_type, UNEVEN, tie_word_embeddings=tied))
     assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize("heads", [(2, 1), (1, 4), (4, 2)])
 def test_layers_with_different_heads_equal_copied_heads(model_type, heads):
     student = uneven_student(model_type, heads)
@@ -213,17 +222,17 @@ def test_cache_holds_the_heads_of_each_row(model_type):
         assert [(keys[0], keys[1], keys[3]) for keys, _ in shapes] == [(2, heads, head_dim) for heads in UNEVEN]
 
 
-@every_family
+@every_model
 def test_layers_with_different_heads_survive_saving(model_type, tmp_path):
     student = uneven_student(model_type)
     student.save_pretrained(tmp_path)
-    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    again, loading = auto_head(model_type).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     assert_same_tensors(again.state_dict(), student.state_dict())
     assert torch.equal(logits_of(again), logits_of(student))
 
 
-@every_family
+@every_storage
 @every_export
 @pytest.mark.parametrize("heads, wanted", [((2, 1), 1), ((4, 2), 2), ((4, 1), 1)])
 def test_layers_with_different_heads_can_be_reduced(model_type, export, heads, wanted):
@@ -234,7 +243,7 @@ def test_layers_with_different_heads_can_be_reduced(model_type, export, heads, w
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_storage
 @every_export
 def test_layers_with_different_heads_can_be_expanded(model_type, export):
     donor = uneven_student(model_type)
@@ -242,7 +251,7 @@ def test_layers_with_different_heads_can_be_expanded(model_type, export):
     assert_same_logits(student, donor)
 
 
-@every_family
+@every_model
 def test_attention_implementation_can_be_switched(model_type):
     student = uneven_student(model_type)
     tokens, mask = tokens_and_mask()
@@ -257,7 +266,7 @@ def test_attention_implementation_can_be_switched(model_type):
                 torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_forward_compiles_without_graph_breaks(model_type, attention):
     student = uneven_student(model_type)

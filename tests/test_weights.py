@@ -1,5 +1,6 @@
 """Heads survive the way from a checkpoint's tensors to canonical form and back, in every layout."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -12,14 +13,14 @@ from hf_gqa.convert.families import load_family
 from hf_gqa.runtime.attention_layout import AttentionLayout
 from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.checkpoint import SINGLE_FILE, Checkpoint, StateDict
-from hf_gqa.weights.head_tensors import head_tensor_names, read_heads, write_heads
+from hf_gqa.weights.head_tensors import head_norms, head_tensor_names, read_heads, write_heads
 
-from .test_conformance_oracle import FUSED
-from .tiny_donors import MODEL_TYPES, tiny_donor
+from .test_conformance_oracle import split_of
+from .tiny_donors import ALL_MODEL_TYPES, tiny_donor
 
 
 LAYOUTS: dict[str, AttentionLayout] = {}
-for _name in MODEL_TYPES:
+for _name in ALL_MODEL_TYPES:
     _family = load_family(_name)
     LAYOUTS |= {layout.model_type: layout for layout in (_family.donor_layout, _family.bundle_layout)}
 
@@ -41,12 +42,14 @@ def numbered(*shape: int, start: int, dtype: torch.dtype = torch.float32) -> tor
     return torch.arange(start, start + count, dtype=torch.float64).reshape(shape).to(dtype)
 
 
-def numbered_heads(H, K, D, E, input_bias=True, output_bias=True, dtype=torch.float32) -> AttentionWeights:
+def numbered_heads(H, K, D, E, input_bias=True, output_bias=True, dtype=torch.float32, norms=False):
     wanted = {"query_HDE": (H, D, E), "key_KDE": (K, D, E), "value_KDE": (K, D, E), "output_EHD": (E, H, D)}
     if input_bias:
         wanted |= {"query_bias_HD": (H, D), "key_bias_KD": (K, D), "value_bias_KD": (K, D)}
     if output_bias:
         wanted |= {"output_bias_E": (E,)}
+    if norms:
+        wanted |= {"query_norm_HD": (H, D), "key_norm_KD": (K, D)}
     tensors, start = {}, 0
     for name, shape in wanted.items():
         tensors[name] = numbered(*shape, start=start, dtype=dtype)
@@ -66,9 +69,9 @@ def assert_same_heads(found: AttentionWeights, expected: AttentionWeights) -> No
 @shapes
 def test_read_heads_inverts_write_heads(layout, K, G, D, E, input_bias, output_bias, dtype):
     K *= layout.fused_blocks or 1
-    heads = numbered_heads(K * G, K, D, E, input_bias, output_bias, dtype)
+    heads = numbered_heads(K * G, K, D, E, input_bias, output_bias, dtype, norms=bool(head_norms(layout)))
     tensors = write_heads(layout, heads)
-    assert set(tensors) <= set(head_tensor_names(layout))
+    assert {re.sub(r"\.\d+\.", ".{head}.", name) for name in tensors} <= set(head_tensor_names(layout))
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     found = read_heads(layout, tensors.get, num_attention_heads=K * G, head_dim=D)
     assert (found.num_attention_heads, found.num_key_value_heads) == (K * G, K)
@@ -98,22 +101,23 @@ def test_write_heads_inverts_read_heads(layout, K, G, D, E, input_bias, output_b
         assert torch.equal(written[name], tensor), name
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
 def test_heads_of_a_donor_project_as_its_modules_do(model_type):
     """The meaning of the canonical form, against the modules themselves and not against its own inverse."""
     donor = tiny_donor(model_type)
     family, config = load_family(model_type), donor.config
     layout = family.donor_layout
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     base = donor.base_model
     attention = base.get_submodule(layout.attention.format(layer_idx=1))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = read_heads(layout, attention.state_dict().get, config.num_attention_heads, head_dim)
     hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0))
     if layout.fused:
-        projected = FUSED[model_type](getattr(attention, layout.fused)(hidden).t(), config, head_dim)
-        expected = [part.flatten(0, 1).t() for part in projected]
+        projected = attention.get_submodule(layout.fused)(hidden).t()
+        parts = split_of(f"{layout.attention}.{layout.fused}", layout.fused in layout.transposed)(projected, head_dim)
+        expected = [part.flatten(0, 1).t() for part in parts]
     else:
-        expected = [getattr(attention, name)(hidden) for name in (layout.query, layout.key, layout.value)]
+        expected = [attention.get_submodule(name)(hidden) for name in (layout.query, layout.key, layout.value)]
     weights = (heads.query_HDE, heads.key_KDE, heads.value_KDE)
     biases = (heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD)
     for weight, bias, projected in zip(weights, biases, expected, strict=True):
@@ -122,21 +126,22 @@ def test_heads_of_a_donor_project_as_its_modules_do(model_type):
     mixed = torch.randn(5, config.num_attention_heads, head_dim, generator=torch.Generator().manual_seed(1))
     out = torch.einsum("thd,ehd->te", mixed, heads.output_EHD)
     out = out if heads.output_bias_E is None else out + heads.output_bias_E
-    torch.testing.assert_close(out, getattr(attention, layout.output)(mixed.flatten(1)))
+    torch.testing.assert_close(out, attention.get_submodule(layout.output)(mixed.flatten(1)))
 
 
-@pytest.mark.parametrize("model_type", [name for name in LAYOUTS if name in MODEL_TYPES])
+@pytest.mark.parametrize("model_type", [name for name in LAYOUTS if name in ALL_MODEL_TYPES])
 def test_reading_copies_nothing(model_type):
     layout = LAYOUTS[model_type]
     tensors = write_heads(layout, numbered_heads(4, 4, 3, 12))
     stored = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     heads = read_heads(layout, tensors.get, num_attention_heads=4, head_dim=3)
     for field in fields(heads):
-        assert getattr(heads, field.name).untyped_storage().data_ptr() in stored, field.name
+        if getattr(heads, field.name) is not None:
+            assert getattr(heads, field.name).untyped_storage().data_ptr() in stored, field.name
 
 
 def test_map_key_value_changes_keys_values_and_their_biases_alone():
-    heads = numbered_heads(4, 2, 3, 5)
+    heads = numbered_heads(4, 2, 3, 5, norms=True)
     found = heads.map_key_value(lambda tensor_K: tensor_K + 1)
     for field in fields(heads):
         changed = field.name.startswith(("key", "value"))

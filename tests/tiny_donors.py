@@ -2,14 +2,32 @@
 
 from dataclasses import fields
 
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_gqa import use_grouped_attention
 from hf_gqa.convert.families import FAMILIES, load_family
 
 
-MODEL_TYPES = FAMILIES.names()
+ALL_MODEL_TYPES = FAMILIES.names()
+ENCODERS = [name for name in ALL_MODEL_TYPES if load_family(name).donor_layout.bidirectional]
+MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
+STORAGE = ("inner", "fused", "fused_order", "fused_blocks", "transposed", "norm_list")  # of a layout
+
+
+def of_each_storage(model_types: list[str]) -> list[str]:
+    """One family for each way of storing heads: for tests of what does not depend on how a family computes with them."""
+    found = {}
+    for name in sorted(model_types, key=lambda name: (name not in ("llama", "gpt2"), name)):
+        layout = load_family(name).donor_layout
+        used = (getattr(layout, field, None) for field in STORAGE)
+        kind = (value if isinstance(value, tuple | int) else bool(value) for value in used)
+        found.setdefault((layout.key_value_heads_field is None, layout.norm_weights, *kind), name)
+    return sorted(found.values())
+
+
 NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
@@ -19,16 +37,49 @@ SPECIAL = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4, "n_ctx": 64},
-    "mpt": {"max_seq_len": 64},
+    "mpt": {"max_seq_len": 64, "use_cache": True},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "modernbert": {
+        "local_attention": 12,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
     "mistral": {"sliding_window": 6},
+    "starcoder2": {"sliding_window": 6},
+    "phi": {"qk_layernorm": True},
+    "phi3": {"sliding_window": 6},
+    "gemma2": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 2.0,
+    },
+    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+    },
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 6},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "head_dim": 16,
+    },
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
 }
 
 
 def tiny_config(model_type: str, num_key_value_heads: int = NUM_ATTENTION_HEADS, **changes):
+    special = SPECIAL.get(model_type, {})
     wanted = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -41,40 +92,62 @@ def tiny_config(model_type: str, num_key_value_heads: int = NUM_ATTENTION_HEADS,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        **SPECIAL.get(model_type, {}),
+        **special,
         **changes,
     }
     config_class = type(AutoConfig.for_model(model_type))
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
-    return config_class(**{key: value for key, value in wanted.items() if key in known})
+    return config_class(**{key: value for key, value in wanted.items() if key in known or key in special})
 
 
 def tiny_donor(
     model_type: str,
     num_key_value_heads: int = NUM_ATTENTION_HEADS,
     seed: int = 0,
-    auto_class: str = "AutoModelForCausalLM",
+    auto_class: str | None = None,
     **changes,
 ) -> PreTrainedModel:
-    """Weights are large enough that no head, bias or norm can be ignored without showing in the logits."""
+    """Weights are large enough that no head, bias or norm can be ignored without showing in the logits.
+
+    Args:
+        auto_class: of the head; by default that of a language model, causal or masked.
+    """
+    auto_class = auto_class or default_head(model_type)
     config = tiny_config(model_type, num_key_value_heads, **changes)
     donor = getattr(transformers, auto_class).from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in donor.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name or ".ln_" in name else 0.25 * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else 0.25 * noise)
     return donor
 
 
+def default_head(model_type: str) -> str:
+    return "AutoModelForMaskedLM" if model_type in ENCODERS else "AutoModelForCausalLM"
+
+
+def use_attention(model: PreTrainedModel, attention: str, or_skip: bool = True) -> None:
+    """Where the class has no `sdpa`, our own function takes its place, or eager attention where there is no interface.
+
+    Args:
+        or_skip: skip the test rather than have it do again what it does with eager attention.
+    """
+    if not model._can_set_attn_implementation():
+        if model._supports_sdpa:  # Falcon reads the name at every call
+            model.config._attn_implementation = attention
+        elif attention != "eager" and or_skip:
+            pytest.skip(f"{type(model).__name__} has eager attention only")
+    elif attention == "sdpa" and not model._supports_sdpa:
+        use_grouped_attention(model)
+    else:
+        model.set_attn_implementation(attention)
+
+
 def head_classes() -> list[tuple[str, str]]:
-    """Every family with the Auto class of each of its heads but the one that it has a donor of by default."""
-    return [
-        (model_type, auto_class)
-        for model_type in MODEL_TYPES
-        for auto_class, head_class in load_family(model_type).head_classes.items()
-        if head_class is not load_family(model_type).default_class
-    ]
+    """Every family with the Auto class of each of its heads but those that other conformance tests use."""
+    heads = [(name, auto_class) for name in ALL_MODEL_TYPES for auto_class in load_family(name).head_classes]
+    return [(name, auto_class) for name, auto_class in heads if auto_class != "AutoModelForCausalLM"]
 
 
 def tokens_and_mask(batch: int = 2, length: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

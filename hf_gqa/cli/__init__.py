@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from .analyze import analyze
 from .card import card
 from .convert import convert
 from .evaluate import evaluate
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command, example in (
     (inspect, "hf-gqa inspect ./my-donor"),
+    (analyze, "hf-gqa analyze ./my-donor --text held_out.txt --shared-layers 6 --output-dir ./my-analysis"),
     (convert, "hf-gqa convert ./my-donor ./my-student --num-key-value-heads 2 --method mean_pool"),
     (
         uptrain,

@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from ..convert.donor import Donor, open_donor
-from ..convert.plan import EXPORTS, ConversionPlan
+from ..convert.plan import EXPORTS
 from ..convert.target import choose_target
 from ..export.calibration_text import DEFAULT_TOKENS, SAVED, make_calibration
 from ..export.explanation import Explanation, explain
@@ -15,16 +15,32 @@ from ..human_units import human_bytes, human_count
 from ..methods import METHODS
 from ..refusal import Refusal
 from ..staging import check_output
+from ..workflow.search_plan import FoundPlan
 from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
+from .plan_options import PlanFile, SharedInit, SharedLayers, ShareEvery, Sharing, asked_plan, parsed_layers, read_plan
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
+from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
+
+
+METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
 
 
 def convert(
     donor: str = typer.Argument(..., help="Folder or Hub repository of the donor; it is only read."),
     output: Path = typer.Argument(..., help="Folder to write; it appears complete or not at all."),
-    num_key_value_heads: int = typer.Option(..., help="KV heads of every layer of the student; 1 is multi-query."),
-    method: str = typer.Option("mean_pool", help=f"Conversion methods, comma-separated: {', '.join(METHODS.names())}."),
+    num_key_value_heads: int | None = typer.Option(
+        None, help="KV heads of every layer of the student; 1 is multi-query. With --sharing, by default the donor's."
+    ),
+    method: str = typer.Option("mean_pool", help=METHOD_HELP),
     export: str = typer.Option("auto", help=f"How to export: {', '.join(EXPORTS)}."),
+    sharing: Sharing = "own",
+    shared_layers: SharedLayers = None,
+    share_every: ShareEvery = None,
+    shared_init: SharedInit = "own",
+    plan_file: PlanFile = None,
+    layer_heads: LayerHeads = None,
+    kv_budget: KvBudget = None,
+    cache_budget: CacheBudget = None,
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
     calibration: CalibrationFiles = None,
     calibration_tokens: CalibrationTokens = None,
@@ -41,18 +57,36 @@ def convert(
     The student has fewer KV heads, or more with `expand`. What will be done is explained first.
     """
     with errors_as_messages(json):
-        plan = ConversionPlan(num_key_value_heads=num_key_value_heads, method=method, export=export, seed=seed)
+        asked = {
+            "num_key_value_heads": num_key_value_heads,
+            "method": method,
+            "sharing": sharing,
+            "shared_layers": parsed_layers(shared_layers),
+            "share_every": share_every,
+            "shared_init": shared_init,
+            "export": export,
+            "seed": seed,
+            "layer_plan": rows_of_layers(layer_heads),
+        }
+        wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
+        plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
+        text, known, found = (calibration or [], calibration_tokens, seed, save_calibration), None, None
+        if wanted is not None:
+            known = _calibration(opened, *text)
+            found = wanted.search(opened, known)
+            plan = found.plan
         explanation = explain(opened, plan, choose_target(opened, plan))
+        choice = None if found is None else found.to_dict()
         if not json:
-            print_explanation(explanation, output)
+            _print_plan(explanation, output, found)
         if not dry_run:
-            known = _calibration(opened, calibration or [], calibration_tokens, seed, save_calibration)
-            convert_checkpoint(opened, output, plan, calibration=known, overwrite=overwrite)
+            known = known or _calibration(opened, *text)
+            convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     if json:
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run})
+        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run, "choice": choice})
     elif dry_run:
         console().print("Nothing was written (--dry-run).")
     else:
@@ -70,6 +104,12 @@ def _calibration(donor: Donor, files: list[str], tokens: int | None, seed: int, 
     if save is not None:
         made.write(save)
     return made
+
+
+def _print_plan(explanation: Explanation, output: Path, found: FoundPlan | None) -> None:
+    if found is not None:
+        print_search(found)
+    print_explanation(explanation, output)
 
 
 def print_explanation(explanation: Explanation, output: Path) -> None:

@@ -35,13 +35,16 @@ def inspect(
         f"  parameters     {human_count(found['parameters'])} ({human_bytes(found['weight_bytes'])}, {found['dtype']})"
     )
     out.print(f"  cache/token    {cache_in_words(found)}")
-    table = Table("KV heads", "method", "cache/token", "of donor", "tensor parallel", "export", "because")
+    what = "cache/token" if found["cache_bytes_per_token"] else "keys, values/token"
+    table = Table("KV heads", "method", what, "of donor", "tensor parallel", "export", "because")
     for target in found["targets"]:
         table.add_row(
             str(target["num_key_value_heads"]),
             target["kind"],
-            cache_in_words(target),
-            f"{target['cache_fraction']:.3g}",
+            cache_in_words(target)
+            if target["cache_bytes_per_token"]
+            else human_bytes(target["key_value_bytes_per_token"]),
+            f"{target['key_value_fraction']:.3g}",
             ", ".join(map(str, target["tensor_parallel_sizes"])),
             target["export"],
             target["reason"],

@@ -48,7 +48,9 @@ def heads_in_words(per_layer: list[int]) -> str:
 
 
 def cache_in_words(side: dict) -> str:
-    """The cache of one token, and what it falls to beyond the sliding window where there is one."""
+    """The cache of one token, and what it falls to beyond the sliding window where there is one; none of an encoder."""
+    if not side["cache_bytes_per_token"]:
+        return "none (an encoder)"
     inside, beyond = side["cache_bytes_per_token"], side["cache_bytes_per_token_beyond_window"]
     words = human_bytes(inside)
     return words if inside == beyond else f"{words} ({human_bytes(beyond)} beyond the sliding window)"

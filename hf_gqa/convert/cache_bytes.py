@@ -1,6 +1,6 @@
 """Bytes of KV cache: from the configuration, and from the cache that a model really fills, for every class of cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +17,13 @@ from transformers import (
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from ..refusal import Refusal
+from ..runtime.layer_plan import LayerPlan
+from .families import is_encoder
 
 
 GROUP_ELEMENTS, GROUP_BITS = 64, 4  # of quantized caches, unless transformers is told otherwise
+# Of each layer: KV heads cached, or heads of keys and of values where they differ.
+Heads = Sequence[int | tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,19 +107,24 @@ CACHE_CLASSES = {
 }
 
 
-def cache_bytes_per_token_computed(config: PretrainedConfig, num_key_value_heads: list[int], dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, while it is inside every layer's window.
+def cache_bytes_per_token_computed(config: PretrainedConfig, num_key_value_heads: Heads, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, while it is inside every layer's window; nothing for an encoder.
 
     Args:
         config: gives `head_dim`, or `hidden_size` and `num_attention_heads`.
-        num_key_value_heads: of each layer.
+        num_key_value_heads: that each layer caches.
         dtype: of the cache.
     """
-    return 2 * sum(num_key_value_heads) * _head_dim(config) * dtype.itemsize
+    return 0 if is_encoder(config.model_type) else key_value_bytes_per_token(config, num_key_value_heads, dtype)
+
+
+def key_value_bytes_per_token(config: PretrainedConfig, num_key_value_heads: Heads, dtype: torch.dtype) -> int:
+    """Keys and values that are computed for one token in all layers, kept or not."""
+    return sum(map(sum, map(_keys_and_values, num_key_value_heads))) * _head_dim(config) * dtype.itemsize
 
 
 def cache_bytes_per_token_beyond_window(
-    config: PretrainedConfig, num_key_value_heads: list[int], dtype: torch.dtype
+    config: PretrainedConfig, num_key_value_heads: Heads, dtype: torch.dtype
 ) -> int:
     """The same for a token beyond the sliding window: only layers that attend to everything keep growing."""
     windows = layer_windows(config, len(num_key_value_heads))
@@ -125,7 +134,7 @@ def cache_bytes_per_token_beyond_window(
 
 def cache_bytes_computed(
     config: PretrainedConfig,
-    num_key_value_heads: list[int],
+    num_key_value_heads: Heads,
     dtype: torch.dtype,
     cache_class: str,
     num_tokens: int,
@@ -141,8 +150,10 @@ def cache_bytes_computed(
     """
     kind, total = _known(cache_class), 0
     for heads, window in zip(num_key_value_heads, layer_windows(config, len(num_key_value_heads)), strict=True):
-        elements = batch_size * heads * _head_dim(config) * kind.kept_tokens(num_tokens, window)
-        total += 2 * kind.tensor_bytes(elements, dtype)
+        for cached in _keys_and_values(heads):
+            if cached:
+                elements = batch_size * cached * _head_dim(config) * kind.kept_tokens(num_tokens, window)
+                total += kind.tensor_bytes(elements, dtype)
     return total
 
 
@@ -160,6 +171,8 @@ def cache_class_obstacle(
         return "moves layers without a sliding window only, and there is none"
     if kind.quantizes and any(windows):
         return "keeps no sliding windows"
+    if kind.quantizes and cached_heads(config) != heads:
+        return "keeps keys and values of every layer, and here layers borrow them"
     if any(n * _head_dim(config) * num_tokens % kind.group_elements for n in heads):
         return f"needs a multiple of {kind.group_elements} elements, which {num_tokens} tokens do not give"
     return None
@@ -188,6 +201,31 @@ def key_value_heads(config: PretrainedConfig) -> list[int] | None:
     default = 1 if one else getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or default
     return None if heads is None else [heads] * config.num_hidden_layers
+
+
+def cached_heads(config: PretrainedConfig) -> Heads | None:
+    """KV heads that each layer caches; `key_value_heads` but for layers that borrow what others cache."""
+    heads = key_value_heads(config)
+    rows = getattr(config, "layer_plan", None)
+    return heads if rows is None else cached_heads_of(LayerPlan.from_dict(row) for row in rows)
+
+
+def read_heads(config: PretrainedConfig) -> Heads | None:
+    """KV heads that each layer reads of the cache while a token is decoded, whoever cached them.
+
+    A layer that borrows an attention matrix reads values only; borrowed keys and values are read again.
+    """
+    heads = key_value_heads(config)
+    rows = getattr(config, "layer_plan", None) or [{}] * len(heads or [])
+    return heads and [n if row.get("query_from") is None else (0, n) for n, row in zip(heads, rows, strict=True)]
+
+
+def cached_heads_of(rows: Iterable[LayerPlan]) -> Heads:
+    cached = [
+        tuple(row.num_key_value_heads if lender is None else 0 for lender in (row.key_from, row.value_from))
+        for row in rows
+    ]
+    return [keys if keys == values else (keys, values) for keys, values in cached]
 
 
 def layer_windows(config: PretrainedConfig, num_layers: int) -> list[int | None]:
@@ -223,6 +261,10 @@ def _inner_tensors(value) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _inner_tensors(item)
+
+
+def _keys_and_values(heads: int | tuple[int, int]) -> tuple[int, int]:
+    return heads if isinstance(heads, tuple) else (heads, heads)
 
 
 def _head_dim(config: PretrainedConfig) -> int:

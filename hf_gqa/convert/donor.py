@@ -1,5 +1,6 @@
 """Open a donor: a folder, a repository on the Hub, or a model in memory; refuse what we would have to guess about."""
 
+import copy
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
@@ -29,7 +31,9 @@ CARRIED_FILES = (
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
 )  # fmt: skip
-REBUILT_BUFFERS = r"rotary_emb\.inv_freq$|\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$"
+REBUILT_BUFFERS = (
+    r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,12 @@ class Donor:
     def num_key_value_heads(self) -> list[int]:
         """Of each layer."""
         return _key_value_heads(self.config, self.family)
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether queries and keys are normed between projection and score."""
+        switch = self.layout.norm_switch
+        return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
     def head_dim(self) -> int:
@@ -238,6 +248,11 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
     layout, obstacle = family.layout_of(config.model_type), family.donor_obstacle(config)
     if obstacle is not None:
         raise Refusal(f"{where}: {obstacle}. Such donors cannot be converted.")
+    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise Refusal(
+            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
+            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
+        )
     for heads in set(_key_value_heads(config, family)):
         if heads < 1 or config.num_attention_heads % heads:
             raise Refusal(
@@ -245,8 +260,12 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
                 f"of this configuration can run. Correct config.json."
             )
     try:
+        plain = copy.deepcopy(config)
+        plain._attn_implementation = (
+            "eager"  # a loaded model may have been given one that its class does not start with
+        )
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(plain)
     except Exception as error:  # whatever the native class raises on values it cannot take
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
@@ -271,14 +290,16 @@ def _check_tensors(
 ) -> frozenset[str]:
     """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
 
-    A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and under the
-    names that transformers stores or under those of its classes.
+    A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and in the layout
+    of the class or in that of published checkpoints, from which transformers converts when it loads (experts by
+    themselves).
     """
 
     def plain(name: str) -> str:
         return family.own_name(name.removeprefix(f"{model.base_model_prefix}."))
 
-    expected = {plain(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    states = [model.state_dict(), revert_weight_conversion(model, model.state_dict())]
+    layouts = [{plain(name): tuple(t.shape) for name, t in state.items()} for state in states]
     stored = {}
     for name in (name for names in tensors.shards.values() for name in names):
         twin = stored.setdefault(plain(name), name)
@@ -286,6 +307,7 @@ def _check_tensors(
             raise Refusal(
                 f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
             )
+    expected = max(layouts, key=lambda shapes: len(shapes.keys() & stored.keys()))
     rebuilt = re.compile("|".join([REBUILT_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
     extra = sorted(stored.keys() - expected.keys())
     unknown = [stored[name] for name in extra if not rebuilt.search(name)]

@@ -11,6 +11,7 @@ from ..refusal import Refusal
 from ..registry import Registry
 from ..runtime import planned_model
 from ..runtime.attention_layout import AttentionLayout
+from .unsupported import reason_against
 
 
 FAMILIES = Registry("hf_gqa.runtime", "family", "DONOR_LAYOUT", prefix="modeling_gqa_")
@@ -110,11 +111,14 @@ def family_of(model_type: str, where: str) -> Family:
     name = str(model_type).removeprefix("gqa_")
     known = FAMILIES.names()
     if name not in known:
-        raise Refusal(
-            f"{where}: model_type = {model_type!r} is not a family that hf_gqa converts; it does not guess how unknown "
-            f"attention stores its heads. Known: {', '.join(known)}."
-        )
+        raise Refusal(f"{where}: model_type = {model_type!r} {reason_against(name, known)}")
     return load_family(name)
+
+
+def is_encoder(model_type: str) -> bool:
+    """Whether models of this type, native or ours, keep no cache, because every token looks at all others at once."""
+    name = str(model_type).removeprefix("gqa_")
+    return name in FAMILIES.names() and FAMILIES.get(name).bidirectional
 
 
 def register_families() -> None:

@@ -5,8 +5,10 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from ..runtime.grouped_attention import NAME
 from .calibration import Calibration, calibrated
 from .donor import donor_from_model
+from .grouped_attention import use_grouped_attention
 from .plan import ConversionPlan, make_plan
 from .surgery import converted_shards
 from .target import choose_target
@@ -39,7 +41,7 @@ def convert(
     plan = make_plan(plan, plan_fields)
     donor = donor_from_model(model)
     target = choose_target(donor, plan)
-    state = {}
+    state, attention = {}, _attention_for(target.model_class, model.config._attn_implementation)
     for _, tensors in converted_shards(donor, plan, target, **calibrated(donor, plan, target, calibration, model)):
         state.update((name, tensor.clone()) for name, tensor in tensors.items())
     student, loading = target.model_class.from_pretrained(
@@ -47,11 +49,13 @@ def convert(
         config=target.config,
         state_dict=dict(state),
         dtype=model.dtype,
-        attn_implementation=_attention_for(target.model_class, model.config._attn_implementation),
+        attn_implementation="eager" if attention == NAME else attention,
         output_loading_info=True,
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
     _restore_dtypes(student, state)
+    if attention == NAME:  # not by name: it may be a class that transformers keeps from everything called sdpa
+        use_grouped_attention(student)
     if getattr(model, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     student.train(model.training)

@@ -40,7 +40,7 @@ def converted_layer(
             seed=plan.seed,
             initializer_range=_initializer_range(donor.config),
             rotation=rotation_of(donor.layout, donor.config, donor.head_dim, layer_idx),
-            head_norms=donor.layout.query_norm is not None,
+            head_norms=donor.has_head_norms,
             statistics=statistics,
             before=before,
             text=text,

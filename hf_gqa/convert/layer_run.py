@@ -37,7 +37,7 @@ class LayerRun:
         self.base, self.layout = model.base_model, layout
         self.layers_path = re.match(r"(.*?)\.\{layer_idx\}", layout.attention)[1]
         layers = self.base.get_submodule(self.layers_path)
-        recorders = nn.ModuleList(_Recorder() for _ in layers)
+        recorders = nn.ModuleList(_Recorder(layer) for layer in layers)
         around = copy.deepcopy(self.base, {id(layers): recorders}).float().eval()
         self.embedded: Batches = []
         self.arguments: list[list[tuple[tuple, dict]]] = []
@@ -50,15 +50,8 @@ class LayerRun:
         """A copy; `heads` may have fewer KV heads, which are repeated until there are as many as the donor has."""
         layer = copy.deepcopy(self.base.get_submodule(f"{self.layers_path}.{layer_idx}")).float().eval()
         if heads is not None:
-            self._put(heads, self._attention(layer, layer_idx))
+            put_heads(self.layout, self._attention(layer, layer_idx), heads)
         return layer
-
-    def _put(self, heads: AttentionWeights, attention: nn.Module) -> None:
-        own = read_heads(self.layout, dict(attention.named_parameters()).get, *heads.query_HDE.shape[:2])
-        copies = own.num_key_value_heads // heads.num_key_value_heads
-        repeated = heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
-        for name, tensor in write_heads(self.layout, repeated).items():
-            attention.get_parameter(name).data.copy_(tensor)
 
     def _attention(self, layer: nn.Module, layer_idx: int) -> nn.Module:
         return layer.get_submodule(self.layout.attention.format(layer_idx=layer_idx).split(f".{layer_idx}.", 1)[1])
@@ -115,7 +108,7 @@ class LayerRun:
             Refusal: the attention adds or multiplies something that is not known here.
         """
         args, kwargs = self.arguments[number][layer_idx]
-        attention = self._attention(self.base.get_submodule(f"{self.layers_path}.{layer_idx}"), layer_idx)
+        attention = self.base.get_submodule(self.layout.mixing_module(layer_idx))
         turn_BLP = None if rotation is None else _turns_of(attention, kwargs, rotation)
         mask_BHLS = _mask_of(attention, [*args, kwargs.get("attention_mask")], self.embedded[number])
         return {
@@ -124,6 +117,15 @@ class LayerRun:
             "rotation": rotation,
             "turn_BLP": turn_BLP,
         }
+
+
+def put_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWeights) -> None:
+    """Overwrite an attention's heads; fewer KV heads are repeated until there are as many as it has."""
+    own = read_heads(layout, dict(attention.named_parameters()).get, *heads.query_HDE.shape[:2])
+    copies = own.num_key_value_heads // heads.num_key_value_heads
+    repeated = heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
+    for name, tensor in write_heads(layout, repeated).items():
+        attention.get_parameter(name).data.copy_(tensor)
 
 
 def _turns_of(attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:
@@ -173,6 +175,11 @@ def _mask_of(attention: nn.Module, candidates: list, inputs_BLE: torch.Tensor) -
 
 class _Recorder(nn.Module):
     """Stands in for a layer: keeps what it is called with, and computes nothing."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        if hasattr(layer, "attention_type"):  # by which ModernBERT chooses a layer's mask and rotation
+            self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self.hidden_states, self.arguments = hidden_states.detach(), (args, kwargs)

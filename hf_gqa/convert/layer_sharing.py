@@ -1,8 +1,9 @@
 """What layer sharing changes in a conversion: tensors that borrowers no longer have, and what their lenders start from."""
 
+import copy
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -12,19 +13,39 @@ from ..runtime.layer_plan import STATES, LayerPlan
 from ..runtime.planned_attention import borrowed_modules
 from ..weights.attention_weights import AttentionWeights
 from .plan import ConversionPlan
+from .target import Target
 
 
 Rows = tuple[LayerPlan, ...]
 
 
-def borrowed_pattern(rows: Rows, layout: AttentionLayout, base_model_prefix: str) -> re.Pattern:
-    """Matches the beginning of the names of tensors that layers have no longer, because they borrow what they computed."""
+def borrowed_pattern(rows: Rows, layout: AttentionLayout) -> re.Pattern:
+    """Matches names, below the base model, of tensors of what layers borrow instead of computing it."""
     gone = [
-        re.escape(f"{layout.attention.format(layer_idx=layer_idx)}.{module}.")
+        re.escape(f"{layout.mixing_module(layer_idx)}.{module}.")
         for layer_idx, row in enumerate(rows)
         for module in borrowed_modules(row, layout)
     ]
-    return re.compile(rf"(?:{re.escape(base_model_prefix)}\.)?(?:{'|'.join(gone)})" if gone else r"(?!)")
+    return re.compile("|".join(gone) or r"(?!)")
+
+
+def tied_parameters(target: Target) -> dict[str, str]:
+    """Names, below the base model, of parameters that are another layer's -> names of that layer's."""
+    if all(row.parameters_from is None for row in target.rows):
+        return {}
+    with torch.device("meta"):
+        return target.model_class(target.config).base_model.tied_layers
+
+
+def removed_parameters(target: Target) -> int:
+    """Numbers that the student has fewer than one whose layers, with the same KV heads, own all."""
+    if not any(row.borrows for row in target.rows):
+        return 0
+    alone = copy.deepcopy(target.config)
+    alone.layer_plan = [{"num_key_value_heads": row.num_key_value_heads} for row in target.rows]
+    with torch.device("meta"):
+        owning, student = target.model_class(alone), target.model_class(target.config)
+    return sum(p.numel() for p in owning.parameters()) - sum(p.numel() for p in student.parameters())
 
 
 def borrowers(rows: Rows, layer_idx: int, column: str) -> list[int]:
@@ -34,21 +55,34 @@ def borrowers(rows: Rows, layer_idx: int, column: str) -> list[int]:
 def lent_heads(
     heads_of: Callable[[int], AttentionWeights], rows: Rows, layer_idx: int, shared_init: str
 ) -> AttentionWeights:
-    """A layer's heads as the donor has them, or where it lends keys or values, their mean over all that use them.
+    """A layer's heads as the donor has them, or the mean of what it lends over all layers that use it.
 
     Source: MLKV (Zuhri et al. 2024, arXiv 2406.09297) pools over layers too, pair by pair.
     """
     heads = heads_of(layer_idx)
     if shared_init != "mean":
         return heads
-    for column, names in (("key_from", ("key_KDE", "key_bias_KD")), ("value_from", ("value_KDE", "value_bias_KD"))):
-        using = [other for other in borrowers(rows, layer_idx, column) if rows[other].query_from is None]
-        members = [heads, *map(heads_of, using)]
-        for name in names if using else ():
-            tensors = [getattr(member, name) for member in members]
-            if tensors[0] is not None:
-                heads = replace(heads, **{name: torch.stack([t.float() for t in tensors]).mean(0).to(tensors[0])})
-    return heads
+    tied = [n for n in borrowers(rows, layer_idx, "parameters_from") if rows[n].tied != "feed_forward"]
+    columns = {column: borrowers(rows, layer_idx, column) for column in ("key_from", "value_from")}
+    using = {
+        **{field.name: tied for field in fields(AttentionWeights)},
+        **{
+            f"{name}{part}": sorted({*tied, *(n for n in columns[f"{name}_from"] if rows[n].query_from is None)})
+            for name, parts in (("key", ("_KDE", "_bias_KD", "_norm_KD")), ("value", ("_KDE", "_bias_KD")))
+            for part in parts
+        },
+    }
+    members = {n: heads_of(n) for n in sorted({n for layers in using.values() for n in layers})}
+    changed = {
+        name: mean([getattr(heads, name), *(getattr(members[n], name) for n in layers)])
+        for name, layers in using.items()
+        if layers and getattr(heads, name) is not None
+    }
+    return replace(heads, **changed)
+
+
+def mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.float() for tensor in tensors]).mean(0).to(tensors[0])
 
 
 def check_readers(

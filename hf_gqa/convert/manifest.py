@@ -35,6 +35,7 @@ class Manifest:
             `revision` (a commit on the Hub) or `weights_sha256` (file name -> hash), the other being None.
         versions: of the libraries that wrote the student.
         calibration: the text that methods looked at, `tokens` and `sha256` of its rows; None if there was none.
+        choice: what was tried to find the plan, with its numbers; None if the plan was given.
         uptraining: how the student was trained after its conversion; None if it was not.
     """
 
@@ -48,6 +49,7 @@ class Manifest:
     versions: dict
     calibration: dict | None = None
     uptraining: dict | None = None
+    choice: dict | None = None
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -83,6 +85,8 @@ class Manifest:
             raise ValueError(f"uptraining = {self.uptraining!r}")
         if not isinstance(self.calibration, dict | None):
             raise ValueError(f"calibration = {self.calibration!r}")
+        if not isinstance(self.choice, dict | None):
+            raise ValueError(f"choice = {self.choice!r}")
         if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
             raise ValueError(f"donor = {self.donor!r}")
 
@@ -93,6 +97,7 @@ def make_manifest(
     target: Target,
     weights_sha256: dict[str, str] | None,
     calibration: dict | None = None,
+    choice: dict | None = None,
 ) -> Manifest:
     return Manifest(
         format=FORMAT,
@@ -117,6 +122,7 @@ def make_manifest(
             "transformers": transformers.__version__,
         },
         calibration=calibration,
+        choice=choice,
     )
 
 

@@ -55,6 +55,11 @@ class ConversionPlan:
                 f"method = {method!r} is not a list of names. Use one or more of {', '.join(METHODS.names())}."
             )
         method = tuple(name.strip().replace("-", "_") for name in method)
+        if "auto" in method:
+            raise Refusal(
+                "method = auto: is a search for methods, which needs text. Use hf-gqa convert --method auto, or search_plan in "
+                "Python, and give the plan that it finds."
+            )
         object.__setattr__(self, "method", method)
         heads = self.num_key_value_heads
         may_be_none = self.sharing != "own" or self.layer_plan is not None

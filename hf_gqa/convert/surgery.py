@@ -11,7 +11,7 @@ from ..weights.head_statistics import HeadStatistics
 from ..weights.head_tensors import head_tensor_names, read_heads, write_heads
 from .donor import Donor
 from .layer_conversion import converted_layer
-from .layer_sharing import borrowed_pattern, check_readers, lent_heads
+from .layer_sharing import borrowed_pattern, check_readers, lent_heads, mean, tied_parameters
 from .plan import ConversionPlan
 from .target import Target
 
@@ -69,7 +69,7 @@ def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
 def _head_tensor_pattern(donor: Donor) -> re.Pattern:
     """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
     before, _, after = (re.escape(part) for part in donor.layout.attention.partition("{layer_idx}"))
-    heads = "|".join(re.escape(name) for name in head_tensor_names(donor.layout))
+    heads = "|".join(re.escape(name).replace(r"\{head\}", r"\d+") for name in head_tensor_names(donor.layout))
     prefix = re.escape(donor.model_class.base_model_prefix)
     return re.compile(rf"(?P<attention>(?:{prefix}\.)?{before}(?P<layer>\d+){after})\.(?:{heads})")
 
@@ -108,7 +108,9 @@ class _Surgery:
         self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
         self.head_tensor = _head_tensor_pattern(donor)
-        self.borrowed = borrowed_pattern(target.rows, target.layout, donor.model_class.base_model_prefix)
+        self.prefix = f"{donor.model_class.base_model_prefix}."
+        self.borrowed = borrowed_pattern(target.rows, target.layout)
+        self.tied = tied_parameters(target)
         self.attention = {
             int(match["layer"]): match["attention"] for match in map(self.head_tensor.fullmatch, self.names) if match
         }
@@ -118,9 +120,9 @@ class _Surgery:
         """A student tensor stands where the donor has one of its name, else where its layer begins."""
         match = self.head_tensor.fullmatch(name)
         if match is None:
-            if self.borrowed.match(name):  # a norm of what the layer no longer computes
+            if self.gone(name):
                 return {}
-            return {self.student_name(name): self.target.passed_through(name, self.donor.tensors.get(name))}
+            return {self.student_name(name): self.target.passed_through(name, self.passed_through(name))}
         layer_idx = int(match["layer"])
         begins = layer_idx not in self.waiting
         if begins:
@@ -146,7 +148,20 @@ class _Surgery:
             check_readers(self.plan, self.target.rows, layer_idx, own, heads)
         written = write_heads(self.target.layout, heads)
         named = {f"{attention}.{name}": tensor for name, tensor in written.items()}
-        return {name: tensor for name, tensor in named.items() if not self.borrowed.match(name)}
+        return {name: tensor for name, tensor in named.items() if not self.gone(name)}
+
+    def gone(self, name: str) -> bool:
+        """Whether the student has no such tensor, for its layer borrows what it computed, or is tied to another's."""
+        below_base = name.removeprefix(self.prefix)
+        return below_base in self.tied or self.borrowed.match(below_base) is not None
+
+    def passed_through(self, name: str) -> torch.Tensor:
+        """A tensor outside attention, or the mean over the layers that will be tied to it."""
+        prefix, below_base = ("", name) if not name.startswith(self.prefix) else (self.prefix, name[len(self.prefix) :])
+        tied = [prefix + other for other, lender in self.tied.items() if lender == below_base]
+        if self.plan.shared_init != "mean" or not tied:
+            return self.donor.tensors.get(name)
+        return mean([self.donor.tensors.get(member) for member in (name, *tied)])
 
     def donor_heads(self, layer_idx: int) -> AttentionWeights:
         return _read_layer(self.donor, self.attention[layer_idx], self.names)

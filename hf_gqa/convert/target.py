@@ -83,7 +83,7 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
         )
     _check_shared_init(plan, rows)
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
-    if observing and any(row.borrows_states for row in rows):
+    if observing and any(row.borrows for row in rows):
         raise Refusal(
             f"method = {','.join(plan.method)}: '{observing[0]}' fits one layer after the other, and here layers share. "
             f"Leave it out."
@@ -92,17 +92,20 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
 
 
 def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
-    lent = any(row.query_from is None and (row.key_from, row.value_from) != (None, None) for row in rows)
+    lent = any(
+        row.parameters_from is not None or (row.query_from is None and (row.key_from, row.value_from) != (None, None))
+        for row in rows
+    )
     if plan.shared_init != "own" and not lent:
         raise Refusal(
-            f"shared_init = {plan.shared_init}: is about keys and values that a layer lends to layers with queries of their "
-            f"own, and there are none. Use shared_init = own."
+            f"shared_init = {plan.shared_init}: is about weights, and about keys and values for other queries, that a layer "
+            f"lends, and there are none. Use shared_init = own."
         )
 
 
 def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     """Refuse methods that a norm between projection and score defeats."""
-    if donor.layout.query_norm is None or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:

@@ -13,6 +13,7 @@ from ..convert.cache_bytes import (
     cache_bytes_per_token_beyond_window,
     cache_bytes_per_token_computed,
     cache_bytes_per_token_measured,
+    cached_heads,
     key_value_heads,
 )
 from .bootstrap import Bootstrap
@@ -27,22 +28,22 @@ def model_facts(
 ) -> ModelFacts:
     """Of one model, its losses on the text among them."""
     config, nats = model.config, float(losses_N.sum())
-    heads = key_value_heads(config)
+    cached = cached_heads(config)
     return ModelFacts(
         name=name,
         model_type=config.model_type,
         model_class=type(model).__name__,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=tuple(heads),
+        num_key_value_heads=tuple(key_value_heads(config)),
         parameters=model.num_parameters(),
         weight_bytes=weight_bytes(model),
         loss_nats_per_token=nats / len(losses_N),
         perplexity=math.exp(nats / len(losses_N)),
         bits_per_byte=nats / math.log(2) / text_bytes,
-        cache_bytes_per_token_computed=cache_bytes_per_token_computed(config, heads, model.dtype),
+        cache_bytes_per_token_computed=cache_bytes_per_token_computed(config, cached, model.dtype),
         cache_bytes_per_token_measured=cache_bytes_per_token_measured(model),
-        cache_bytes_per_token_beyond_window=cache_bytes_per_token_beyond_window(config, heads, model.dtype),
+        cache_bytes_per_token_beyond_window=cache_bytes_per_token_beyond_window(config, cached, model.dtype),
         peak_memory_bytes=peak_memory_bytes,
     )
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..convert.cache_bytes import (
     cache_bytes_computed,
     cache_bytes_per_token_beyond_window,
-    key_value_heads,
+    cached_heads,
     layer_windows,
 )
 from ..refusal import Refusal
@@ -71,7 +71,7 @@ def context_that_fits(
         0 where not even one token fits; None where every layer has a sliding window and all windows fit, so that no context
         is too long.
     """
-    heads = key_value_heads(config)
+    heads = cached_heads(config)
     left = memory_bytes - weight_bytes - working_bytes(config, dtype, batch_size)
 
     def cache_bytes(context_tokens: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from ..human_units import human_bytes
+from ..human_units import human_bytes, percent, times
 from ..refusal import Refusal
 from .page_html import block, bullets, details, element, section, table, text_of
 from .page_plots import capacity_plots, context_plots, retrieval_plots, speed_plots, task_plots
@@ -21,7 +21,7 @@ from .page_tables import (
     tasks_table,
 )
 from .report import Continuation, Report
-from .verdict import percent, times, verdict
+from .verdict import verdict
 
 
 # Nothing may be fetched or run, even if a hole were found in what `text_of` does.

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..human_units import human_bytes, human_count
+from ..human_units import heads_in_words, human_bytes, human_count, number, percent, times
 from .report import ContextLoss, Interval, ModelFacts, Report
-from .verdict import confidence, percent, times
+from .verdict import confidence
 
 
 class Rows(NamedTuple):
@@ -13,11 +13,6 @@ class Rows(NamedTuple):
 
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
-
-
-def number(value: float) -> str:
-    """3.18, 0.0912, 1.2e-05."""
-    return f"{value:.4g}"
 
 
 def change(value: float) -> str:
@@ -69,7 +64,7 @@ def _measured(value: float, interval: Interval | None, said: Callable[[float], s
 
 
 def _cost_rows(donor: ModelFacts, student: ModelFacts) -> list[tuple[str, ...]]:
-    rows = [("KV heads", kv_heads(donor), kv_heads(student), "")]
+    rows = [("KV heads", *(heads_in_words(model.num_key_value_heads) for model in (donor, student)), "")]
     sizes = [
         ("cache per token, computed", "cache_bytes_per_token_computed", human_bytes),
         ("cache per token, measured", "cache_bytes_per_token_measured", human_bytes),
@@ -94,14 +89,6 @@ def _smaller(before: float, after: float) -> str:
     if after < before:
         return f"{times(before / after)} smaller" if before / after >= 1.1 else f"{percent(1 - after / before)} smaller"
     return f"{times(after / before)} larger" if after / before >= 1.1 else f"{percent(after / before - 1)} larger"
-
-
-def kv_heads(model: ModelFacts) -> str:
-    """'2', or '8, 2, 2' by layer; of very deep models the numbers that occur."""
-    heads = model.num_key_value_heads
-    if len(set(heads)) == 1:
-        return f"{heads[0]}"
-    return ", ".join(map(str, heads)) if len(heads) <= 12 else f"{min(heads)} to {max(heads)} by layer"
 
 
 def context_range(row: ContextLoss) -> str:

@@ -80,7 +80,7 @@ def score(
         tokens_BT, mask_BT, scored_BT = _padded([window for _, window in batch], donor.device)
         read = {"attention_mask": mask_BT[:, :-1], "use_cache": False}
         theirs, ours = (model(tokens_BT[:, :-1], **read).logits for model in (donor, student))
-        found_4N = _compare(theirs[scored_BT], ours[scored_BT], tokens_BT[:, 1:][scored_BT])
+        found_4N = compare(theirs[scored_BT], ours[scored_BT], tokens_BT[:, 1:][scored_BT])
         for name, values_N in zip(("donor_loss_N", "student_loss_N", "kl_N", "agrees_N"), found_4N, strict=True):
             parts[name].append(values_N)
         parts["window_N"] += [np.full(window.scored, number) for number, window in batch]
@@ -105,7 +105,7 @@ def _padded(windows: list[Window], device: torch.device):
     return tokens_BT.to(device), mask_BT.to(device), scored_BT.to(device)
 
 
-def _compare(donor_NV: torch.Tensor, student_NV: torch.Tensor, token_N: torch.Tensor) -> list[np.ndarray]:
+def compare(donor_NV: torch.Tensor, student_NV: torch.Tensor, token_N: torch.Tensor) -> list[np.ndarray]:
     """[donor's loss, student's loss, KL, agreement] of each token; in parts, for N x V may be large."""
     rows = max(1, ELEMENTS_AT_ONCE // donor_NV.shape[-1])
     parts = zip(donor_NV.split(rows), student_NV.split(rows), token_N.split(rows), strict=True)

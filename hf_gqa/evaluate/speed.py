@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..convert.cache_bytes import cache_bytes_computed, key_value_heads
+from ..convert.cache_bytes import cache_bytes_computed, read_heads
 from ..refusal import Refusal
 from .report import Speed
 
@@ -117,7 +117,9 @@ def decode_step_bytes(model: PreTrainedModel, batch_size: int, context_tokens: i
     for parameter in model.parameters():
         elements = batch_size * parameter.shape[1] if id(parameter) in looked_up else parameter.numel()
         moved += elements * parameter.element_size()
-    heads = key_value_heads(model.config)
+    tied = [model.base_model.get_parameter(name) for name in getattr(model.base_model, "tied_layers", {})]
+    moved += sum(parameter.numel() * parameter.element_size() for parameter in tied)  # read again by each layer
+    heads = read_heads(model.config)
     return moved + cache_bytes_computed(model.config, heads, model.dtype, "static", context_tokens, batch_size)
 
 

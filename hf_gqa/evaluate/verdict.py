@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from ..human_units import human_bytes
+from ..human_units import human_bytes, percent, times
 from .report import ContextLoss, Interval, Report, Retrieval, Speed, TaskScore
 
 
@@ -21,19 +21,9 @@ def verdict(report: Report) -> str:
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
 
-def times(ratio: float) -> str:
-    """0.5 -> '0.5x'."""
-    return f"{ratio:.3g}x"
-
-
-def percent(fraction: float) -> str:
-    """0.8434 -> '84.3%'."""
-    return f"{100 * fraction:.3g}%"
-
-
 def confidence(report: Report) -> str:
     """'95%'."""
-    return f"{100 * report.settings.confidence_fraction:g}%"
+    return percent(report.settings.confidence_fraction)
 
 
 def fallen_recall(rows: Sequence[Retrieval]) -> list[Retrieval]:

@@ -1,7 +1,8 @@
 """The tables of a card: the numbers of a report as Markdown, each formatted in one place."""
 
 from ..evaluate.report import Interval, ModelFacts, Report
-from ..human_units import human_bytes
+from ..evaluate.verdict import confidence
+from ..human_units import heads_in_words, human_bytes, number, percent
 from .markdown import code, plain, table
 
 
@@ -20,25 +21,6 @@ def tables(report: Report) -> dict[str, str]:
         "tasks": _tasks(report),
     }
     return {name: table(*found) for name, found in rows.items() if found[1]}
-
-
-def number(value: float) -> str:
-    """Four digits, whole numbers in full: 24.0468 -> '24.05', 12288 -> '12,288'."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-
-
-def percent(fraction: float) -> str:
-    """0.8434 -> '84.34%'."""
-    return f"{fraction:.2%}"
-
-
-def heads_in_words(per_layer: tuple[int, ...]) -> str:
-    """(2, 2, 2) -> '2'; (8, 2, 2) -> '8, 2, 2'."""
-    return str(per_layer[0]) if len(set(per_layer)) == 1 else ", ".join(map(str, per_layer))
-
-
-def confidence(report: Report) -> str:
-    return f"{100 * report.settings.confidence_fraction:.4g}%"
 
 
 def _interval(interval: Interval | None, said=number, sign: bool = True) -> str:

@@ -3,10 +3,12 @@
 import yaml
 
 from ..evaluate.report import Report
-from ..human_units import human_count
-from .card_tables import confidence, heads_in_words
+from ..evaluate.verdict import confidence
+from ..human_units import heads_in_words, human_count
+from ..runtime.layer_plan import LayerPlan
 from .licence import Licence
 from .markdown import block, code, plain
+from .sharing_words import sharing_notes
 
 
 def facts(report: Report, licence: Licence) -> list[str]:
@@ -18,6 +20,7 @@ def facts(report: Report, licence: Licence) -> list[str]:
         f"KV heads of a layer: {after} instead of {before}, for {report.student.num_attention_heads} query heads "
         f"({report.student.num_hidden_layers} layers, {plain(report.student.model_class)})",
         f"Made with hf-gqa by {_method(conversion)}",
+        *(note.rstrip(".") for note in sharing_notes(_rows(conversion))),
         _uptraining(report.conversion),
         f"Licence: {_licence(licence)}",
     ]
@@ -114,6 +117,10 @@ def _method(conversion: dict) -> str:
         + ("" if shared == "own" else f", layers sharing by {code(shared)}")
         + (f", as {exported}" if exported else "")
     )
+
+
+def _rows(conversion: dict) -> list[LayerPlan]:
+    return [LayerPlan.from_dict(row) for row in conversion.get("layer_plan") or []]
 
 
 def _uptraining(conversion: dict | None) -> str:

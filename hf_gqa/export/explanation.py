@@ -5,11 +5,21 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..convert.cache_bytes import cache_bytes_per_token_beyond_window, cache_bytes_per_token_computed
+from ..convert.cache_bytes import (
+    Heads,
+    cache_bytes_per_token_beyond_window,
+    cache_bytes_per_token_computed,
+    cached_heads,
+    cached_heads_of,
+    key_value_bytes_per_token,
+)
 from ..convert.donor import Donor
+from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
 from ..convert.target import Target
+from ..human_units import human_bytes, human_count
 from ..methods import method_kind
+from .sharing_words import sharing_notes
 
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -22,7 +32,8 @@ class Explanation:
 
     Args:
         before, after: model_type, num_attention_heads, num_key_value_heads, parameters, weight_bytes,
-            cache_bytes_per_token, cache_bytes_per_token_beyond_window, tensor_parallel_sizes.
+            cache_bytes_per_token, cache_bytes_per_token_beyond_window, key_value_bytes_per_token (computed, whether or
+            not they are cached), tensor_parallel_sizes.
         notes: what the user should know before starting.
     """
 
@@ -53,6 +64,7 @@ def facts(donor: Donor) -> dict:
         donor,
         donor.config.model_type,
         donor.num_key_value_heads,
+        cached_heads(donor.config),
         parameters=sum(math.prod(tensors.shape(name)) for name in kept),
         weight_bytes=sum(tensors.size_bytes(name) for name in kept),
     )
@@ -63,13 +75,15 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
     changed = sum(heads) - sum(donor.num_key_value_heads)
-    per_head = 2 * donor.head_dim * (donor.config.hidden_size + _has_key_bias(donor))
+    per_head = donor.head_dim * (2 * (donor.config.hidden_size + _has_key_bias(donor)) + _has_own_norms(donor))
+    more = changed * per_head - removed_parameters(target)
     after = _side(
         donor,
         target.config.model_type,
         heads,
-        parameters=before["parameters"] + changed * per_head,
-        weight_bytes=before["weight_bytes"] + changed * per_head * stored_dtype(donor).itemsize,
+        cached_heads_of(target.rows),
+        parameters=before["parameters"] + more,
+        weight_bytes=before["weight_bytes"] + more * stored_dtype(donor).itemsize,
     )
     return Explanation(
         donor=donor.name,
@@ -80,11 +94,11 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
         before=before,
         after=after,
         files=list(donor.tensors.shards),
-        notes=_notes(donor, plan, heads, after),
+        notes=[*_notes(donor, plan, heads, before, after), *sharing_notes(target.rows)],
     )
 
 
-def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weight_bytes: int) -> dict:
+def _side(donor: Donor, model_type: str, heads: list[int], cached: Heads, parameters: int, weight_bytes: int) -> dict:
     dtype = stored_dtype(donor)
     return {
         "model_type": model_type,
@@ -95,17 +109,24 @@ def _side(donor: Donor, model_type: str, heads: list[int], parameters: int, weig
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameters,
         "weight_bytes": weight_bytes,
-        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, heads, dtype),
-        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, heads, dtype),
-        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, max(heads)),
+        "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, cached, dtype),
+        "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, cached, dtype),
+        "key_value_bytes_per_token": key_value_bytes_per_token(donor.config, heads, dtype),
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*heads)),
     }
 
 
-def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], after: dict) -> list[str]:
+def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, after: dict) -> list[str]:
     notes = []
     if heads != donor.num_key_value_heads and method_kind(plan.head_count_method) == "reduce":
         notes.append(
             "The student will be far worse than its donor until it is uptrained: merged heads were never trained to agree."
+        )
+    if donor.layout.bidirectional:
+        notes.append(
+            f"An encoder keeps no cache. What changes is parameters, {human_count(before['parameters'])} to "
+            f"{human_count(after['parameters'])}, and the keys and values computed for a token, over all layers "
+            f"{human_bytes(before['key_value_bytes_per_token'])} to {human_bytes(after['key_value_bytes_per_token'])}."
         )
     most = max(after["tensor_parallel_sizes"])
     if most < COMMON_TENSOR_PARALLEL_SIZE and donor.num_attention_heads >= COMMON_TENSOR_PARALLEL_SIZE:
@@ -123,6 +144,11 @@ def _key_tensor(donor: Donor, kind: str) -> str:
 
 def _has_key_bias(donor: Donor) -> bool:
     return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
+
+
+def _has_own_norms(donor: Donor) -> bool:
+    """Whether each KV head has weights of its own in the norm on keys."""
+    return donor.has_head_norms and donor.layout.norm_weights != "shared"
 
 
 def stored_dtype(donor: Donor) -> torch.dtype:

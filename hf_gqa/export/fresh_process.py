@@ -1,7 +1,8 @@
 """Run by `verify` in a process of its own, by its path: load a student as a user without hf_gqa would.
 
 Imports nothing of hf_gqa and makes it impossible to import. Argument: a JSON object with `folder`, `trust_remote_code`,
-`dtype`, `model_class` and `logits_file`. Prints one JSON object as its last line.
+`dtype`, `model_class`, `logits_file` and `key_weights`: of an encoder, which has no cache to look into, the names of its
+keys' weights below the base model, layer by layer. Prints one JSON object as its last line.
 """
 
 import json
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 
-def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, logits_file: str) -> dict:
+def main(
+    folder: str, trust_remote_code: bool, dtype: str, model_class: str, logits_file: str, key_weights: list[str] | None
+) -> dict:
     transformers.utils.logging.disable_progress_bar()
     native = getattr(transformers, model_class, None)
     _, has_head, head = model_class.rpartition("For")
@@ -27,9 +30,10 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
     )
     model.eval()
     tokens, mask = probe(model.config.vocab_size)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if key_weights is None else None
+    cached = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     with torch.no_grad():
-        output = body(model)(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        output = body(model)(tokens, attention_mask=mask, **cached)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
     generated = None
@@ -46,15 +50,31 @@ def main(folder: str, trust_remote_code: bool, dtype: str, model_class: str, log
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),
         "mismatched_keys": sorted(str(key) for key in loading["mismatched_keys"]),
-        "num_key_value_heads": [layer.keys.shape[1] for layer in cache.layers],
+        "heads": heads_in_weights(model, key_weights)
+        if cache is None
+        else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
         "finite": bool(torch.isfinite(first).all()),
         "generated_tokens": generated,
     }
 
 
+def heads_in_weights(model, key_weights: list[str]) -> list[int]:
+    """KV heads of each layer; a fused projection has the query heads' rows before those of keys and of values."""
+    query_heads = model.config.num_attention_heads
+    head_dim = model.config.hidden_size // query_heads
+    stored = model.base_model.state_dict()
+    heads = [len(stored[name]) // head_dim for name in key_weights]
+    return [(count - query_heads) // 2 if count > query_heads else count for count in heads]
+
+
 def body(model):
     """What is compared: the whole of a language model, the model below any other head."""
     return model if model.can_generate() else model.base_model
+
+
+def cached_heads(kept: torch.Tensor | None) -> int:
+    """Heads of a cache's keys or values; a layer that borrows has none, or some without numbers."""
+    return 0 if kept is None or not kept.shape[-1] else kept.shape[1]
 
 
 def probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,9 @@ def inspect_donor(donor: Donor) -> dict:
                 "kind": kind,
                 "cache_bytes_per_token": after["cache_bytes_per_token"],
                 "cache_bytes_per_token_beyond_window": after["cache_bytes_per_token_beyond_window"],
-                "cache_fraction": after["cache_bytes_per_token"] / before["cache_bytes_per_token"],
+                "key_value_bytes_per_token": after["key_value_bytes_per_token"],
+                "cache_fraction": _fraction(after, before, "cache_bytes_per_token"),
+                "key_value_fraction": _fraction(after, before, "key_value_bytes_per_token"),
                 "parameters": after["parameters"],
                 "tensor_parallel_sizes": after["tensor_parallel_sizes"],
                 "export": explained.export,
@@ -38,3 +40,8 @@ def inspect_donor(donor: Donor) -> dict:
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
     numbers = {**before, "targets": targets, "impossible": impossible}
     return {"donor": donor.name, "model_class": model_class, "position": position, **numbers}
+
+
+def _fraction(after: dict, before: dict, name: str) -> float | None:
+    """None of nothing: an encoder has no cache."""
+    return after[name] / before[name] if before[name] else None

@@ -11,10 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..convert.manifest import MANIFEST_FILE
 from ..evaluate.report import PAGE_FILE, REPORT_FILE, Report
-from ..evaluate.verdict import verdict
+from ..evaluate.verdict import confidence, verdict
 from ..refusal import Refusal
 from ..staging import replace_file
-from .card_tables import confidence, tables
+from .card_tables import tables
 from .card_words import command, facts, limits, machine, measured_text, recipe, settings
 from .licence import Licence, find_licence, write_licence
 from .markdown import code, plain

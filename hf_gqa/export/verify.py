@@ -12,14 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from ..convert.bundle_code import foreign_code
+from ..convert.cache_bytes import cached_heads_of
 from ..convert.donor import Donor
-from ..convert.manifest import Manifest, comes_from
+from ..convert.families import family_of, is_encoder
+from ..convert.manifest import MANIFEST_FILE, Manifest, comes_from
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
 from ..refusal import Refusal
+from ..runtime.layer_plan import LayerPlan
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import write_heads
 from . import fresh_process
+from .sharing_oracle import share_layers
 
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
@@ -100,6 +104,7 @@ def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_
         "dtype": dtype,
         "model_class": manifest.model_class,
         "logits_file": str(logits_file),
+        "key_weights": _key_weights(manifest),
     }
     run = subprocess.run(
         [sys.executable, "-I", fresh_process.__file__, json.dumps(arguments)],
@@ -115,9 +120,24 @@ def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_
     return json.loads(run.stdout.strip().splitlines()[-1]), None
 
 
+def _key_weights(manifest: Manifest) -> list[str] | None:
+    """Of an encoder: where its keys' weights are, layer by layer."""
+    family = family_of(manifest.donor["model_type"], MANIFEST_FILE)
+    layout = family.bundle_layout if manifest.export == "bundle" else family.donor_layout
+    if not layout.bidirectional:
+        return None
+    layers = range(len(manifest.layer_plan))
+    return [
+        f"{layout.attention.format(layer_idx=layer_idx)}.{layout.fused or layout.key}.weight" for layer_idx in layers
+    ]
+
+
 def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
     wrong_keys = {kind: found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
-    planned = [row["num_key_value_heads"] for row in manifest.layer_plan]
+    encoder = is_encoder(manifest.donor["model_type"])
+    rows = [LayerPlan.from_dict(row) for row in manifest.layer_plan]
+    wanted = [row.num_key_value_heads for row in rows] if encoder else cached_heads_of(rows)
+    seen, planned = map(_without_places, (found["heads"], wanted))
     checks = [
         Check(
             name="loads without hf_gqa",
@@ -131,9 +151,9 @@ def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
             or "every key matched",
         ),
         Check(
-            name="KV heads per layer, seen in the cache, equal the plan",
-            passed=found["num_key_value_heads"] == planned,
-            detail=f"{found['num_key_value_heads']}, planned {planned}",
+            name=f"KV heads per layer, seen in the {'weights' if encoder else 'cache'}, equal the plan",
+            passed=seen == planned,
+            detail=f"{seen}, planned {planned}",
         ),
         Check(name="output is finite", passed=found["finite"], detail="2 x 24 tokens, one row left-padded"),
     ]
@@ -141,6 +161,12 @@ def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
         done = found["generated_tokens"]
         checks.append(Check(name="generates", passed=done == 4, detail=f"{done} of 4 tokens"))
     return checks
+
+
+def _without_places(cached: list) -> list[int | str]:
+    """KV heads that each layer caches; a layer that keeps one of keys and values keeps it in the place of keys."""
+    pairs = [pair if isinstance(pair, list | tuple) else (pair, pair) for pair in cached]
+    return [pair[0] if pair[0] == pair[1] else f"{max(pair)} of one" for pair in pairs]
 
 
 def _check_donor(donor: Donor, manifest: Manifest) -> Check:
@@ -157,8 +183,9 @@ def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: 
     if manifest.uptraining is not None:
         return Check(name=name, passed=None, detail="trained since its conversion, so its values are its own")
     plan = ConversionPlan.from_dict(manifest.plan)
-    rows = [row["num_key_value_heads"] for row in manifest.layer_plan]
-    if plan.method not in (("mean_pool",), ("first",), ("expand",)) and rows != donor.num_key_value_heads:
+    rows = [LayerPlan.from_dict(row) for row in manifest.layer_plan]
+    heads = [row.num_key_value_heads for row in rows]
+    if plan.method not in (("mean_pool",), ("first",), ("expand",)) and heads != donor.num_key_value_heads:
         return Check(name=name, passed=None, detail=f"no oracle for the method {','.join(plan.method)}")
     oracle = _oracle_logits(donor, plan, rows, dtype)
     mask = fresh_process.probe(donor.config.vocab_size)[1].bool()
@@ -172,16 +199,18 @@ def _check_oracle(donor: Donor, manifest: Manifest, dtype: str, student_logits: 
 
 
 @torch.no_grad()
-def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[int], dtype: str) -> torch.Tensor:
+def _oracle_logits(donor: Donor, plan: ConversionPlan, rows: list[LayerPlan], dtype: str) -> torch.Tensor:
     """Logits of the donor, in its own class, whose KV heads are overwritten by what each group becomes."""
     model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=getattr(torch, dtype)).eval()
     base = model.base_model
     for layer_idx, heads in layer_heads(donor):
-        if rows[layer_idx] < heads.num_key_value_heads:
-            written = write_heads(donor.layout, _merged_in_place(heads, rows[layer_idx], plan.head_count_method))
+        wanted = rows[layer_idx].num_key_value_heads
+        if wanted < heads.num_key_value_heads:
+            written = write_heads(donor.layout, _merged_in_place(heads, wanted, plan.head_count_method))
             attention = base.get_submodule(donor.layout.attention.format(layer_idx=layer_idx))
             for name, tensor in written.items():
                 attention.get_parameter(name).copy_(tensor)
+    share_layers(model, donor.layout, rows, donor.head_dim, plan.shared_init)
     tokens, mask = fresh_process.probe(donor.config.vocab_size)
     output = fresh_process.body(model)(tokens, attention_mask=mask, use_cache=False)
     return (output.logits if "logits" in output else output.last_hidden_state).float()

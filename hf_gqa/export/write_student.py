@@ -29,6 +29,7 @@ def convert_checkpoint(
     plan: ConversionPlan | None = None,
     *,
     calibration: Calibration | torch.Tensor | None = None,
+    choice: dict | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     weights_only: bool = False,
@@ -46,6 +47,7 @@ def convert_checkpoint(
         plan: what the student shall be; or give its fields, as in `num_key_value_heads=2`.
         calibration: rows of token ids `[N, L]` that methods may look at the donor with, or a calibration made of them;
             without it they go by the weights alone.
+        choice: how the plan was found, for the manifest.
         overwrite: replace `output` if it holds a model.
         revision, weights_only, trust_remote_code: as for `open_donor`.
 
@@ -77,7 +79,7 @@ def convert_checkpoint(
         _write_config(donor, target, staging)
         carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}
-        manifest = make_manifest(donor, plan, target, found, text_record(calibration))
+        manifest = make_manifest(donor, plan, target, found, text_record(calibration), choice)
         manifest.write(staging)
     return manifest
 

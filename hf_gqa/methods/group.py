@@ -103,11 +103,10 @@ def _reordered(heads: AttentionWeights, order: list[int]) -> AttentionWeights:
     members = heads.num_attention_heads // heads.num_key_value_heads
     queries = [head * members + member for head in order for member in range(members)]
     moved = heads.map_key_value(lambda tensor_K: tensor_K[order])
-    bias_HD = heads.query_bias_HD
+    own = {name: getattr(heads, name) for name in ("query_HDE", "query_bias_HD", "query_norm_HD")}
     return replace(
         moved,
-        query_HDE=heads.query_HDE[queries],
-        query_bias_HD=None if bias_HD is None else bias_HD[queries],
+        **{name: tensor_H[queries] for name, tensor_H in own.items() if tensor_H is not None},
         output_EHD=heads.output_EHD[:, queries],
     )
 

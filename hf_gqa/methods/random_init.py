@@ -12,7 +12,7 @@ from . import MethodContext
 class RandomInit:
     """Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), figure 4, "Random".
 
-    Normal with standard deviation `initializer_range`, zero biases. A layer's draw depends on the seed and the layer
+    Normal with standard deviation `initializer_range`, zero biases, norms of one. A layer's draw depends on the seed and the layer
     alone, so that the order of conversion, the device and the shards do not matter.
     """
 
@@ -25,15 +25,17 @@ class RandomInit:
             shape = (layer.num_key_value_heads, *like_KDE.shape[1:])
             return (torch.randn(shape, generator=generator) * layer.initializer_range).to(like_KDE)
 
-        def zeros(like_KD: torch.Tensor | None) -> torch.Tensor | None:
-            return None if like_KD is None else like_KD.new_zeros(layer.num_key_value_heads, *like_KD.shape[1:])
+        def full(like_KD: torch.Tensor | None, value: float) -> torch.Tensor | None:
+            shape = (layer.num_key_value_heads, heads.key_KDE.shape[1])
+            return None if like_KD is None else like_KD.new_full(shape, value)
 
         return replace(
             heads,
             key_KDE=draw(heads.key_KDE),
             value_KDE=draw(heads.value_KDE),
-            key_bias_KD=zeros(heads.key_bias_KD),
-            value_bias_KD=zeros(heads.value_bias_KD),
+            key_bias_KD=full(heads.key_bias_KD, 0.0),
+            value_bias_KD=full(heads.value_bias_KD, 0.0),
+            key_norm_KD=full(heads.key_norm_KD, 1.0),
         )
 
 

@@ -11,14 +11,21 @@ class AttentionLayout:
         model_type: the `model_type` of the configuration whose checkpoints look like this.
         attention: path of a layer's attention below the base model, with `{layer_idx}`.
         query, key, value, output: names of the projections below `attention`.
+        inner: name below `attention` of the module that projects queries, keys and values and mixes them, where the
+            output projection stands beside it; None where `attention` is that module.
         fused: name of the one projection that holds query, key and value rows, or None. Then `query`, `key` and
             `value` are not names of tensors on disk.
         fused_order: what comes after what in each block of a fused projection.
         fused_blocks: blocks of a fused projection, each with its share of the heads; None for one block per KV head,
             which holds the query heads that read it.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
-        query_norm, key_norm: names of the norms over head_dim, one weight shared by all heads, or None.
-        output_normed: whether a norm stands between the attention's output and the residual stream.
+        query_norm, key_norm: names of the norms on queries and on keys, or None.
+        norm_switch: the configuration field that says whether there are such norms; None: there always are.
+        norm_weights: what a norm goes over, and has weights for: "shared", over head_dim with one weight for all
+            heads; "per_head", over head_dim with a weight `[heads, D]`; "joint", over all heads' numbers together
+            with a weight `[heads * D]`.
+        norm_list: name below a norm of the list that holds the norm of each head, or None for one tensor of them all.
+        output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
         rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
             (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
@@ -26,6 +33,7 @@ class AttentionLayout:
             has as many KV heads as query heads whatever its configuration says.
         passes_keywords: whether blocks hand keywords that they do not know to their attention; layers cannot share
             states otherwise.
+        bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
     """
 
@@ -35,24 +43,37 @@ class AttentionLayout:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    inner: str | None = None
     fused: str | None = None
     fused_order: tuple[str, str, str] = ("query", "key", "value")
     fused_blocks: int | None = 1
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_switch: str | None = None
+    norm_weights: str = "shared"
+    norm_list: str | None = None
     output_normed: bool = False
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
     passes_keywords: bool = True
+    bidirectional: bool = False
     position: str
+
+    def mixing_module(self, layer_idx: int) -> str:
+        """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
+        return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
 
     def unfused(self, model_type: str) -> "AttentionLayout":
         """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
+        below = f"{self.inner}." if self.inner else ""
         return replace(
             self,
             model_type=model_type,
+            query=f"{below}q_proj",
+            key=f"{below}k_proj",
+            value=f"{below}v_proj",
             fused=None,
             fused_order=("query", "key", "value"),
             fused_blocks=1,

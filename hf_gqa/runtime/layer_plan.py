@@ -35,6 +35,10 @@ class LayerPlan:
     def borrows_states(self) -> bool:
         return any(getattr(self, column) is not None for column in STATES)
 
+    @property
+    def borrows(self) -> bool:
+        return self.borrows_states or self.parameters_from is not None
+
     def to_dict(self) -> dict[str, int | str]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -122,6 +126,11 @@ def _check_together(rows: tuple[LayerPlan, ...], layer_idx: int) -> None:
         raise ValueError(
             f"{where}: query_from = {row.query_from} with key_from = {row.key_from}: borrowed queries fit the keys of "
             f"their own layer only. Set key_from to {row.query_from}."
+        )
+    if row.query_from is not None and row.value_from is not None:
+        raise ValueError(
+            f"{where}: query_from, key_from and value_from are all borrowed, so that nothing reads what enters the layer's "
+            f"attention. Let it own its values."
         )
     if row.parameters_from is None:
         if row.tied is not None:

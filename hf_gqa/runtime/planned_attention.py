@@ -54,7 +54,7 @@ def check_checkpointing(function) -> None:
         raise ValueError(REENTRANT)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
     """Attention in the open: the slow reference, and the path that can return its weights `[B, H, Q, S]`."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -63,6 +63,8 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
             weights = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
     else:
         weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        weights = torch.tanh(weights / softcap) * softcap
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
@@ -93,16 +95,20 @@ class PlannedAttention:
         )
         heads = row.num_key_value_heads
         self.num_key_value_groups = config.num_attention_heads // heads
-        has_bias = getattr(self, layout.fused or layout.key).bias is not None
-        if layout.fused is not None:
-            delattr(self, layout.fused)
+        native = [layout.fused] if layout.fused else [layout.query, layout.key, layout.value]
+        native = [name.rpartition(".")[2] for name in native]
+        has_bias = getattr(self, native[-1]).bias is not None
+        if native[0] != "q_proj":
+            for name in native:
+                delattr(self, name)
             self.q_proj = self.linear_class(
                 config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias
             )
         self.k_proj = self.linear_class(config.hidden_size, heads * self.head_dim, bias=has_bias)
         self.v_proj = self.linear_class(config.hidden_size, heads * self.head_dim, bias=has_bias)
         for name in borrowed_modules(row, layout):
-            delattr(self, name)
+            if hasattr(self, name):  # norms may be switched off
+                delattr(self, name)
 
     def forward(
         self,
@@ -118,7 +124,7 @@ class PlannedAttention:
         query, key, value = self.shared(query, key, value, shared_states)
         mixed, weights = self.attend(query, key, value, attention_mask, shared_states, **kwargs)
         mixed = mixed.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return getattr(self, self.donor_layout.output)(mixed), weights
+        return (mixed if self.donor_layout.inner else getattr(self, self.donor_layout.output)(mixed)), weights
 
     def own_states(self, hidden_states, position_embeddings):
         """Query, key and value `[B, heads, Q, D]`, normed and rotated; None for each that is borrowed."""
@@ -127,9 +133,7 @@ class PlannedAttention:
         query = self.q_proj(hidden_states).view(head_shape) if row.query_from is None else None
         key = self.k_proj(hidden_states).view(head_shape) if row.key_from is None else None
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2) if row.value_from is None else None
-        if layout.query_norm is not None:
-            query = None if query is None else getattr(self, layout.query_norm)(query)
-            key = None if key is None else getattr(self, layout.key_norm)(key)
+        query, key = self.normed(layout.query_norm, query), self.normed(layout.key_norm, key)
         query = None if query is None else query.transpose(1, 2)
         key = None if key is None else key.transpose(1, 2)
         if self.rotate is None or query is None:  # who borrows queries borrows keys
@@ -137,6 +141,15 @@ class PlannedAttention:
         if key is None:
             return self.rotate(query, query[:, :0], *position_embeddings)[0], None, value
         return *self.rotate(query, key, *position_embeddings), value
+
+    def normed(self, norm: str | None, states):
+        """`[B, Q, heads, D]` through the norm on queries or keys, where the family has one and nothing switched it off."""
+        norm = None if norm is None or states is None else getattr(self, norm, None)
+        if norm is None:
+            return states
+        if self.donor_layout.norm_weights == "joint":
+            return norm(states.flatten(2)).view(states.shape)
+        return norm(states)
 
     def cached(self, key, value, past_key_values):
         """Own keys and values with those of earlier tokens, `[B, K, S, D]`.
@@ -171,6 +184,7 @@ class PlannedAttention:
         kernel that never writes it to memory.
         """
         name = self.config._attn_implementation
+        kwargs["softcap"] = getattr(self, "attn_logit_softcapping", None)  # Gemma 2
         is_shared = self.row.query_from is not None or "query" in self.lends
         if is_shared and query.shape[2] == 1 and not self.training and name in KERNELS:
             if self.row.query_from is None:

@@ -2,6 +2,7 @@
 
 import sys
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 
@@ -59,12 +60,19 @@ class GroupedByDefault:
         return True  # not what transformers found, and keeps on the class, for a native class that we extend
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(requested_attention or self.default_attention, is_init_check)
+        if requested_attention in (None, self.default_attention):  # also where the native class has no sdpa
+            return self.default_attention
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         if enable and any(row.borrows_states for row in read_rows(self.config)):
             check_checkpointing(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def _adjust_bias(self, output_embeddings, input_embeddings):
+        """Of the head only: in tied layers it would take a Conv1D's weight for an embedding, and pad the bias to it."""
+        if output_embeddings is self.get_output_embeddings():
+            super()._adjust_bias(output_embeddings, input_embeddings)
 
 
 class PlannedModel(GroupedByDefault):
@@ -74,16 +82,31 @@ class PlannedModel(GroupedByDefault):
 
     def __init__(self, config, **options):
         super().__init__(config, **options)
-        planned = []
+        planned, layout = [], self.attention_class.donor_layout
         for layer_idx, row in enumerate(read_rows(config)):
-            path = self.attention_class.donor_layout.attention.format(layer_idx=layer_idx)
-            block, _, name = path.rpartition(".")
+            block, _, name = layout.mixing_module(layer_idx).rpartition(".")
             planned.append(self.attention_class(config, layer_idx))
             if row.query_from is not None:  # GPT-2 may scale scores by the depth of the layer that computes them
                 planned[layer_idx].scaling = planned[row.query_from].scaling
             setattr(self.get_submodule(block), name, planned[layer_idx])
         self.lends = any(attention.lends for attention in planned)
+        self.tied_layers = self._tied_layers(read_rows(config))
+        self._tied_weights_keys = (self._tied_weights_keys or {}) | self.tied_layers  # what saving leaves out
         self.post_init()
+
+    def _tied_layers(self, rows) -> dict[str, str]:
+        """Name of each parameter that is another layer's -> name of that."""
+        before, _, attention = self.attention_class.donor_layout.attention.partition("{layer_idx}.")
+        return {
+            f"{before}{layer_idx}.{name}": f"{before}{row.parameters_from}.{name}"
+            for layer_idx, row in enumerate(rows)
+            if row.parameters_from is not None
+            for name in tied_names(self.get_submodule(f"{before}{layer_idx}"), attention, row.tied)
+        }
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Tied layers are tied whatever `tie_word_embeddings` says."""
+        return super().get_expanded_tied_weights_keys(all_submodels) | getattr(self, "tied_layers", {})
 
     def forward(self, *args, **kwargs):
         if self.lends:
@@ -133,3 +156,21 @@ def head_classes(module) -> dict[str, type]:
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PlannedHead)]
     heads = [c for c in classes if issubclass(c, PreTrainedModel)]
     return {f"AutoModelFor{c.__name__.rpartition('For')[2]}": c for c in heads}
+
+
+def tied_names(block: nn.Module, attention: str, tied: str) -> list[str]:
+    """Names of a block's parameters that belong to what is tied.
+
+    Args:
+        attention: path of the attention module below the block.
+        tied: "attention" (its norms over head_dim included), "feed_forward" (all else but norms) or "all".
+    """
+    found = []
+    for path, module in block.named_modules():
+        inside = path == attention or path.startswith(f"{attention}.")
+        is_norm = "Norm" in type(module).__name__ and not inside
+        in_attention = path.split(".")[0] == attention.split(".")[0]
+        part = "norm" if is_norm else "attention" if in_attention else "feed_forward"
+        if tied in ("all", part):
+            found += [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+    return found

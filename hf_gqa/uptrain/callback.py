@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..convert.cache_bytes import cache_bytes_per_token_computed, key_value_heads
+from ..convert.cache_bytes import cache_bytes_per_token_computed, cached_heads
 from ..refusal import Refusal
 from .export_student import export_student
 from .freezing import trained_names
@@ -244,7 +244,7 @@ def refuse_reentrant_checkpointing(args) -> None:
 
 def cache_facts(model) -> dict:
     config = getattr(model, "config", None)
-    heads = key_value_heads(config) if config is not None else None
+    heads = cached_heads(config) if config is not None else None
     if heads is None:
         return {}
     return {"kv_cache_bytes_per_token": cache_bytes_per_token_computed(config, heads, model.dtype)}

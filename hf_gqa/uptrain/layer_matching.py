@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert.layouts import layout_of
+from ..runtime.planned_attention import SharedStates
 
 
 class LayerOutputs:
@@ -28,7 +29,7 @@ class LayerOutputs:
         self.attention_modules: dict[int, nn.Module] = {}
         self.forced_inputs: dict[int, torch.Tensor] = {}
         self.recording = False
-        base = model.base_model
+        base = self.base = model.base_model
         for layer_idx in range(model.config.num_hidden_layers):
             path = layout.attention.format(layer_idx=layer_idx)
             attention = self.attention_modules[layer_idx] = base.get_submodule(path)
@@ -43,8 +44,9 @@ class LayerOutputs:
         It skips the feed-forward layers and the head of `recorded(inputs)`, and the wrappers around the model.
         """
         self.forced_inputs = {}
+        shared = {"shared_states": SharedStates()} if getattr(self.base, "lends", False) else {}
         for layer_idx, (args, kwargs) in inputs.items():
-            output = self.attention_modules[layer_idx](*args, **kwargs)
+            output = self.attention_modules[layer_idx](*args, **kwargs, **shared)
             self.attention[layer_idx] = output[0] if isinstance(output, tuple) else output
 
     @contextmanager

@@ -16,6 +16,8 @@ class AttentionWeights:
         query_HDE, key_KDE, value_KDE: projections, one `[D, E]` matrix per head.
         output_EHD: the output projection.
         query_bias_HD, key_bias_KD, value_bias_KD, output_bias_E: biases, or None where the family has none.
+        query_norm_HD, key_norm_KD: weights of the norms on queries and keys where each head has its own, or None; one
+            weight for all heads is no matter of heads.
     """
 
     query_HDE: torch.Tensor
@@ -26,6 +28,8 @@ class AttentionWeights:
     key_bias_KD: torch.Tensor | None = None
     value_bias_KD: torch.Tensor | None = None
     output_bias_E: torch.Tensor | None = None
+    query_norm_HD: torch.Tensor | None = None
+    key_norm_KD: torch.Tensor | None = None
 
     @property
     def num_attention_heads(self) -> int:
@@ -36,7 +40,7 @@ class AttentionWeights:
         return self.key_KDE.shape[0]
 
     def map_key_value(self, change) -> "AttentionWeights":
-        """Apply `change` to keys, values and their biases alike; KV heads are the first axis of each."""
-        names = ("key_KDE", "value_KDE", "key_bias_KD", "value_bias_KD")
+        """Apply `change` to keys, values, their biases and norms alike; KV heads are the first axis of each."""
+        names = ("key_KDE", "value_KDE", "key_bias_KD", "value_bias_KD", "key_norm_KD")
         present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: change(tensor) for name, tensor in present.items()})

@@ -18,8 +18,20 @@ def projection_names(layout: AttentionLayout) -> tuple[str, ...]:
 
 
 def head_tensor_names(layout: AttentionLayout) -> tuple[str, ...]:
-    """Names below the layer's attention of every tensor that can hold heads."""
-    return tuple(f"{name}.{kind}" for name in projection_names(layout) for kind in ("weight", "bias"))
+    """Names below the layer's attention of every tensor that can hold heads; `{head}` stands for a number."""
+    projections = tuple(f"{name}.{kind}" for name in projection_names(layout) for kind in ("weight", "bias"))
+    return projections + tuple(_norm_tensor(layout, norm) for norm in head_norms(layout))
+
+
+def head_norms(layout: AttentionLayout) -> tuple[str, ...]:
+    """The norms on queries and keys, if each head has weights of its own."""
+    if layout.query_norm is None or layout.norm_weights == "shared":
+        return ()
+    return layout.query_norm, layout.key_norm
+
+
+def _norm_tensor(layout: AttentionLayout, norm: str) -> str:
+    return f"{norm}.weight" if layout.norm_list is None else f"{norm}.{layout.norm_list}.{{head}}.weight"
 
 
 def read_heads(
@@ -48,6 +60,7 @@ def read_heads(
     output, output_bias = stored(layout.output)
     query_HDE, key_KDE, value_KDE = weights
     query_bias, key_bias, value_bias = biases
+    norms = [_read_norm(layout, get, norm, head_dim) for norm in head_norms(layout)] or [None, None]
     return AttentionWeights(
         query_HDE=query_HDE,
         key_KDE=key_KDE,
@@ -57,6 +70,8 @@ def read_heads(
         key_bias_KD=key_bias,
         value_bias_KD=value_bias,
         output_bias_E=output_bias,
+        query_norm_HD=norms[0],
+        key_norm_KD=norms[1],
     )
 
 
@@ -81,6 +96,18 @@ def joined_heads(layout: AttentionLayout, heads: list[torch.Tensor]) -> torch.Te
     return torch.cat([by_name[part] for part in layout.fused_order], dim=1).flatten(0, 1)
 
 
+def _read_norm(layout: AttentionLayout, get: Callable, norm: str, head_dim: int) -> torch.Tensor | None:
+    """`[heads, D]`; None where the configuration has switched the norm off."""
+    name = _norm_tensor(layout, norm)
+    if layout.norm_list is None:
+        weight = get(name)
+        return None if weight is None else weight.reshape(-1, head_dim)
+    weights = []
+    while (weight := get(name.format(head=len(weights)))) is not None:
+        weights.append(weight)
+    return torch.stack(weights) if weights else None
+
+
 def write_heads(layout: AttentionLayout, heads: AttentionWeights) -> dict[str, torch.Tensor]:
     """The inverse of `read_heads`: name below the layer's attention -> contiguous tensor."""
     weights = [heads.query_HDE, heads.key_KDE, heads.value_KDE]
@@ -97,4 +124,13 @@ def write_heads(layout: AttentionLayout, heads: AttentionWeights) -> dict[str, t
         tensors[f"{name}.weight"] = (weight.t() if name in layout.transposed else weight).contiguous()
         if bias is not None:
             tensors[f"{name}.bias"] = bias.contiguous()
+    for norm, weight in zip(head_norms(layout), (heads.query_norm_HD, heads.key_norm_KD), strict=False):
+        if weight is not None:
+            tensors.update(_written_norm(layout, _norm_tensor(layout, norm), weight))
     return tensors
+
+
+def _written_norm(layout: AttentionLayout, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    if layout.norm_list is not None:
+        return {name.format(head=head): row.contiguous() for head, row in enumerate(weight)}
+    return {name: (weight.flatten() if layout.norm_weights == "joint" else weight).contiguous()}

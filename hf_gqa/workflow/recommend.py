@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from ..convert.cache_bytes import cache_bytes_computed, key_value_heads
+from ..convert.cache_bytes import cache_bytes_computed, cached_heads
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
@@ -140,7 +140,7 @@ def _option(
     donor: Donor, config: PretrainedConfig, heads: int, after: dict, export: str, wanted: Wanted, above: list, sweep
 ) -> Option:
     dtype, tried = stored_dtype(donor), best_try(heads, sweep)
-    of_layers = key_value_heads(config)
+    of_layers = cached_heads(config)
     cache = cache_bytes_computed(config, of_layers, dtype, "static", wanted.context_tokens, wanted.batch_size)
     working = working_bytes(config, dtype, wanted.batch_size)
     step = after["weight_bytes"] - unread_bytes(donor) + cache

@@ -1,0 +1,98 @@
+"""The donor, in its own class, made to compute what its student with shared layers computes: the slow reference."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..runtime.attention_layout import AttentionLayout
+from ..runtime.layer_plan import LayerPlan
+from ..runtime.planned_model import tied_names
+
+
+STATES = ("query", "key", "value")
+
+
+@torch.no_grad()
+def share_layers(
+    model: PreTrainedModel, layout: AttentionLayout, rows: Sequence[LayerPlan], head_dim: int, shared_init: str = "own"
+) -> None:
+    """In place: borrowers keep all their modules, but what their projections give is overwritten by the lender's.
+
+    Nothing is skipped and nothing is cached for others. Rotation comes after the projections, for the same positions.
+
+    Args:
+        model: with as many KV heads as it had; merged ones are repeated.
+    """
+    base = model.base_model
+    donor = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    attention = [base.get_submodule(layout.attention.format(layer_idx=layer_idx)) for layer_idx in range(len(rows))]
+    for layer_idx in range(len(rows)):
+        _tie(base, donor, layout, rows, layer_idx, shared_init)
+        if shared_init == "mean":
+            _average(attention, donor, layout, rows, layer_idx, head_dim)
+    given = [{} for _ in rows]
+    for layer_idx, row in enumerate(rows):
+        _borrow(attention, layout, row, layer_idx, given, head_dim)
+
+
+def _tie(base, donor, layout: AttentionLayout, rows, layer_idx: int, shared_init: str) -> None:
+    row = rows[layer_idx]
+    if row.parameters_from is None:
+        return
+    before, _, attention = layout.attention.partition("{layer_idx}.")
+    users = [n for n, other in enumerate(rows) if other.parameters_from == row.parameters_from]
+    for name in tied_names(base.get_submodule(f"{before}{layer_idx}"), attention, row.tied):
+        members = [donor[f"{before}{n}.{name}"] for n in (row.parameters_from, *users)]
+        shared = torch.stack([m.float() for m in members]).mean(0) if shared_init == "mean" else members[0]
+        for n in (row.parameters_from, layer_idx):
+            base.get_parameter(f"{before}{n}.{name}").copy_(shared)
+
+
+def _average(attention, donor, layout: AttentionLayout, rows, layer_idx: int, head_dim: int) -> None:
+    """Keys and values that other queries read become the mean over the layers that read them."""
+    for number, state in ((1, "key"), (2, "value")):
+        users = [n for n, r in enumerate(rows) if getattr(r, f"{state}_from") == layer_idx and r.query_from is None]
+        module = layout.fused or getattr(layout, state)
+        for kind in ("weight", "bias") if users else ():
+            names = [f"{layout.attention.format(layer_idx=n)}.{module}.{kind}" for n in (layer_idx, *users)]
+            if names[0] not in donor:
+                continue
+            mean = torch.stack([donor[name].float() for name in names]).mean(0)
+            own = attention[layer_idx].get_submodule(module).get_parameter(kind)
+            axis = own.dim() - 1 if module in layout.transposed else 0
+            part = _part(layout, attention[layer_idx], own.shape[axis], number, head_dim)
+            own.narrow(axis, part.start, part.stop - part.start).copy_(
+                mean.narrow(axis, part.start, part.stop - part.start)
+            )
+
+
+def _borrow(
+    attention, layout: AttentionLayout, row: LayerPlan, layer_idx: int, given: list[dict], head_dim: int
+) -> None:
+    own = attention[layer_idx]
+    if row.query_from is not None:
+        own.scaling = attention[row.query_from].scaling
+    for number, state in enumerate(STATES):
+        lender = getattr(row, f"{state}_from")
+        norm = getattr(layout, f"{state}_norm", None)
+        if lender is not None and norm is not None:
+            own.get_submodule(norm).load_state_dict(attention[lender].get_submodule(norm).state_dict())
+
+        def hook(module, args, output, number=number, lender=lender):
+            part = _part(layout, own, output.shape[-1], number, head_dim)
+            if lender is None:
+                given[layer_idx][number] = output[..., part]
+                return output
+            return torch.cat([output[..., : part.start], given[lender][number], output[..., part.stop :]], dim=-1)
+
+        own.get_submodule(layout.fused or getattr(layout, state)).register_forward_hook(hook)
+
+
+def _part(layout: AttentionLayout, attention, size: int, number: int, head_dim: int) -> slice:
+    """Where query (0), key (1) or value (2) lies in what a projection gives."""
+    if layout.fused is None:
+        return slice(0, size)
+    queries = attention.config.num_attention_heads * head_dim
+    each = (size - queries) // 2
+    return [slice(0, queries), slice(queries, queries + each), slice(queries + each, size)][number]

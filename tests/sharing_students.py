@@ -1,0 +1,75 @@
+"""Students whose layers share, of every family, and the donor that is made to compute the same: by hooks, in its own class."""
+
+import functools
+
+import pytest
+from transformers import PreTrainedModel
+
+from hf_gqa import convert
+from hf_gqa.convert.donor import donor_from_model
+from hf_gqa.export.sharing_oracle import share_layers
+from hf_gqa.runtime.layer_plan import read_rows
+
+from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, NUM_LAYERS, SPECIAL, tiny_donor
+
+
+DEPTH = 6  # of two attention types in turn, where the family has two
+MIXED = [
+    {},
+    {},
+    {"query_from": 0, "key_from": 0},  # the attention matrix
+    {"key_from": 1, "value_from": 1, "parameters_from": 1, "tied": "feed_forward"},
+    {"key_from": 0},  # keys alone
+    {"value_from": 1},  # values alone
+]
+PLANS = {
+    "echo": {"sharing": "echo", "shared_layers": [2, 3, 5]},
+    "echo of two heads": {"sharing": "echo", "share_every": 2, "num_key_value_heads": 2},
+    "cross-layer": {"sharing": "cross_layer_kv", "share_every": 2},
+    "trailing mean": {"sharing": "cross_layer_kv", "shared_layers": [2, 3, 4, 5], "shared_init": "mean"},
+    "cross-layer of one head": {"sharing": "cross_layer_kv", "shared_layers": [2, 3], "num_key_value_heads": 1},
+    "albert": {"sharing": "albert", "share_every": 3},
+    "albert attention mean": {"sharing": "albert_attention", "share_every": 2, "shared_init": "mean"},
+    "albert feed-forward": {"sharing": "albert_feed_forward", "shared_layers": [4, 5], "num_key_value_heads": 2},
+    "mixed": {"layer_plan": [{"num_key_value_heads": 2, **row} for row in MIXED]},
+}
+WHOLE = ("llama", "gemma3_text", "gpt2")  # one norm and type, two types with norms, fused without rotation
+CASES = [(m, plan) for m in MODEL_TYPES for plan in PLANS if m in WHOLE or plan in ("mixed", "albert")]
+every_case = pytest.mark.parametrize(("model_type", "plan"), CASES)
+
+
+def deep_donor(model_type: str, **changes) -> PreTrainedModel:
+    """With `DEPTH` layers, their types repeating those of the tiny donor."""
+    per_layer = {
+        name: value * (DEPTH // NUM_LAYERS)
+        for name, value in SPECIAL.get(model_type, {}).items()
+        if isinstance(value, list) and len(value) == NUM_LAYERS
+    }
+    return tiny_donor(model_type, num_hidden_layers=DEPTH, **per_layer | changes)
+
+
+def sharing_student(model_type: str, plan: str, attention: str = "sdpa", **changes) -> PreTrainedModel:
+    student = _student(model_type, plan, **changes)
+    student.set_attn_implementation(attention)
+    student.zero_grad()
+    return student.eval()
+
+
+@functools.cache
+def _student(model_type: str, plan: str, **changes) -> PreTrainedModel:
+    return convert(deep_donor(model_type, **changes), **PLANS[plan])
+
+
+def oracle_of(model_type: str, plan: str, attention: str = "sdpa", **changes) -> PreTrainedModel:
+    """The donor whose borrowers' projections are overwritten; merged heads are repeated until it has as many as before."""
+    donor = deep_donor(model_type, **changes)
+    student = sharing_student(model_type, plan, attention, **changes)
+    rows = read_rows(student.config)
+    heads = rows[0].num_key_value_heads
+    if heads != NUM_ATTENTION_HEADS:
+        merged = convert(donor, num_key_value_heads=heads, export="bundle")
+        donor = convert(merged, num_key_value_heads=NUM_ATTENTION_HEADS, method="expand")
+    opened = donor_from_model(donor)
+    share_layers(donor, opened.layout, rows, opened.head_dim, PLANS[plan].get("shared_init", "own"))
+    donor.set_attn_implementation(attention)
+    return donor

@@ -1,0 +1,53 @@
+"""Model types that are refused by name say why, and what is nearest."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, DogeForCausalLM
+
+from hf_gqa import Refusal, convert, open_donor
+from hf_gqa.convert.families import FAMILIES
+from hf_gqa.convert.unsupported import UNSUPPORTED
+
+
+ENTRIES = [(name, entry) for entry in UNSUPPORTED for name in entry.model_types]
+
+
+@pytest.mark.parametrize("model_type, entry", ENTRIES, ids=[name for name, _ in ENTRIES])
+def test_refused_with_the_reason(model_type, entry, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(Refusal) as refused:
+        open_donor(tmp_path)
+    nearest = f"Nearest that is converted: {entry.nearest}." if entry.nearest else "Known: "
+    assert f"config.json: model_type = '{model_type}' {entry.reason}. {nearest}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_each_is_refused_once_and_none_that_is_converted():
+    names = [name for name, _ in ENTRIES]
+    assert len(set(names)) == len(names)
+    assert not set(names) & set(FAMILIES.names())
+    assert {entry.nearest for _, entry in ENTRIES} - {None} <= set(FAMILIES.names())
+
+
+def test_model_in_memory_is_refused_too():
+    config = AutoConfig.for_model(
+        "doge", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=8
+    )
+    with pytest.raises(Refusal, match=r"model_type = 'doge' computes a mask for each KV head .* converted: qwen3\.$"):
+        convert(DogeForCausalLM(config), num_key_value_heads=1)
+
+
+@pytest.mark.parametrize("model_type, nearest", [("olmo3", "olmo2"), ("qwen2_moe", "qwen3_moe"), ("cohere2", "cohere")])
+def test_unknown_family_names_the_nearest(model_type, nearest, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(
+        Refusal, match=rf"does not guess .* Nearest that is converted: {nearest}\. docs/add-a-family\.md"
+    ):
+        open_donor(tmp_path)
+
+
+def test_unknown_family_without_a_neighbour_lists_the_known(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "xyz"}))
+    with pytest.raises(Refusal, match=r"Known: .*llama, .* docs/add-a-family\.md says how to add one\."):
+        open_donor(tmp_path)
