@@ -193,7 +193,19 @@ NEEDS_EXAMPLES = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the tests run
 CARRIERS = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
+    "granite": {"attention_multiplier": None},
+    "phi3": {"pad_token_id": 0},
 }
+
+
+def fused_as_in_phi3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a Llama: queries, keys and values in one projection, gate and up in another."""
+    fused = dict(state)
+    for name in [name for name in state if name.endswith(("q_proj.weight", "gate_proj.weight"))]:
+        parts = ("q_proj", "k_proj", "v_proj") if "q_proj" in name else ("gate_proj", "up_proj")
+        whole = name.replace(parts[0], "qkv_proj" if "q_proj" in name else "gate_up_proj")
+        fused[whole] = torch.cat([fused.pop(name.replace(parts[0], part)) for part in parts])
+    return fused
 
 
 @NEEDS_EXAMPLES
@@ -205,9 +217,13 @@ def test_one_function_in_another_family_converts_to_the_same_logits(carrier, gro
     kept = ("architectures", "model_type", "transformers_version", "auto_map")
     settings = {name: value for name, value in llama.config.to_dict().items() if name not in kept}
     other_class = type(tiny_donor(carrier))
-    other = other_class(other_class.config_class(**settings | CARRIERS[carrier])).eval()
+    changes = dict(CARRIERS[carrier])
+    if "attention_multiplier" in changes:
+        changes["attention_multiplier"] = llama.config.head_dim**-0.5
+    other = other_class(other_class.config_class(**settings | changes)).eval()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in other.state_dict().items()}
-    other.load_state_dict(zeros | llama.state_dict())
+    state = llama.state_dict()
+    other.load_state_dict(zeros | (fused_as_in_phi3(state) if carrier == "phi3" else state))
     text = json.dumps(settings).encode()[:96]
     tokens = torch.tensor([list(text)]).remainder(llama.config.vocab_size)
     students = [convert(model, num_key_value_heads=groups) for model in (llama, other)]
