@@ -77,6 +77,12 @@ class Donor:
         return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
+    def longest_tokens(self) -> int | None:
+        """Of a row; None where positions have no end."""
+        config = self.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+    @property
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_attention_heads
 

@@ -50,7 +50,7 @@ def make_calibration(
         )
     model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
-    length = min(MOST_ROW_TOKENS, donor.config.max_position_embeddings)
+    length = min(MOST_ROW_TOKENS, donor.longest_tokens or MOST_ROW_TOKENS)
     if files:
         documents = open_documents(TextSource(train_file=tuple(map(str, files))), tokenizer)
         rows = packed_rows(documents, tokenizer, length, attend_across_documents=True)
