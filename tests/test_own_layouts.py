@@ -154,6 +154,13 @@ def test_layers_cannot_share_where_blocks_pass_nothing_on(model_type):
         convert(tiny_donor(model_type), num_key_value_heads=4, sharing="cross_layer_kv", shared_layers=(1,))
 
 
+def test_method_that_computes_scores_is_refused_where_biases_are_added():
+    with pytest.raises(
+        Refusal, match="'refit_queries' computes scores, to which a bloom adds what its attention alone"
+    ):
+        convert(tiny_donor("bloom"), num_key_value_heads=2, method="mean_pool,refit_queries")
+
+
 OLD_BUFFERS = {
     "gpt_neox": ("gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
     "gptj": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),

@@ -104,8 +104,16 @@ def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> Non
 
 
 def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
-    """Refuse methods that a norm between projection and score defeats."""
-    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+    """Refuse methods that a norm between projection and score defeats, or scores that nobody else can compute."""
+    if donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+        return
+    for name in plan.method:
+        if getattr(METHODS.get(name), "computes_scores", False) and not donor.layout.plain_scores:
+            raise Refusal(
+                f"method = {','.join(plan.method)}: '{name}' computes scores, to which a {donor.layout.model_type} adds what "
+                f"its attention alone knows. Leave it out."
+            )
+    if not donor.has_head_norms:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:
@@ -138,16 +146,17 @@ def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, s
 
 def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], fields: dict) -> Target:
     layout = donor.family.donor_layout
-    same_class = donor.layout == layout
-    config = copy.deepcopy(donor.config) if same_class else _plain(donor.config, donor.family.native_config_class)
+    same_class = donor.config.model_type == layout.model_type
+    config = copy.deepcopy(donor.model_config) if same_class else _plain(donor.config, donor.family.native_config_class)
+    language = config if donor.composite is None else config.get_text_config()
     for name, value in fields.items():
-        setattr(config, name, value)
+        setattr(language, name, value)
     return Target(
         export="native",
         reason=_why_native(donor, rows[0].num_key_value_heads),
         config=config,
         model_class=donor.model_class if same_class else native_class(donor.model_class),
-        layout=layout,
+        layout=donor.layout if same_class else layout,
         rows=rows,
         same_class=same_class,
         changed_fields=fields,

@@ -31,6 +31,8 @@ class AttentionLayout:
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
+        plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
+            a method can compute them.
         passes_keywords: whether blocks hand keywords that they do not know to their attention; layers cannot share
             states otherwise.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
@@ -57,6 +59,7 @@ class AttentionLayout:
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
+    plain_scores: bool = True
     passes_keywords: bool = True
     bidirectional: bool = False
     position: str

@@ -22,6 +22,7 @@ DONOR_LAYOUT = AttentionLayout(
     fused_blocks=None,
     output="dense",
     key_value_heads_field=None,
+    plain_scores=False,
     passes_keywords=False,
     position="ALiBi",
 )

@@ -26,6 +26,7 @@ DONOR_LAYOUT = AttentionLayout(
     output="dense",
     rotary="halves",
     key_value_heads_field=None,
+    plain_scores=False,
     passes_keywords=False,
     position="RoPE or ALiBi",
 )

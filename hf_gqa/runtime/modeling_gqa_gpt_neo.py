@@ -19,6 +19,7 @@ DONOR_LAYOUT = AttentionLayout(
     attention="h.{layer_idx}.attn.attention",
     output="out_proj",
     key_value_heads_field=None,
+    plain_scores=False,
     passes_keywords=False,
     position="learned, local and global layers",
 )

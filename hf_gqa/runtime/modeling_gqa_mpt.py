@@ -24,6 +24,7 @@ DONOR_LAYOUT = AttentionLayout(
     fused="Wqkv",
     output="out_proj",
     key_value_heads_field=None,
+    plain_scores=False,
     passes_keywords=False,
     position="ALiBi",
 )
