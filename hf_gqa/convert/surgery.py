@@ -123,7 +123,7 @@ class _Surgery:
         if name not in self.places:
             if self.gone(name):
                 return {}
-            return {name: self.target.passed_through(name, self.passed_through(name))}
+            return {self.student_name(name): self.target.passed_through(name, self.passed_through(name))}
         row_idx, attention = self.places[name]
         begins = row_idx not in self.waiting
         if begins:
@@ -131,6 +131,13 @@ class _Surgery:
         waiting = self.waiting[row_idx]
         here = [new for new in waiting if new == name or (begins and new not in self.names)]
         return {new: waiting.pop(new) for new in here}
+
+    def student_name(self, name: str) -> str:
+        """Of a tensor outside attention: as our own class calls it, or as native checkpoints store it."""
+        family = self.donor.family
+        if self.target.export == "bundle":
+            return family.own_name(name)
+        return family.stored_names.get(name, name)
 
     def converted_row(self, row_idx: int, attention: str) -> dict[str, torch.Tensor]:
         heads = self.converted.get(row_idx)
