@@ -69,7 +69,7 @@ def open_pair(
             f"{student}: has hidden_size = {opened.model.config.hidden_size}, donor {donor.name} has "
             f"{donor.config.hidden_size}, so it does not come from it. {ADVICE}"
         )
-    loaded = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=computed)
+    loaded = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype=computed)
     for model in (loaded, opened.model):
         if attn_implementation is not None:
             _set_attention(model, attn_implementation)
