@@ -60,13 +60,13 @@ def converted_shards(
 def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
     """Yield each layer's index and its heads as the donor has them."""
     names = {name for shard in donor.tensors.shards.values() for name in shard}
-    pattern = _head_tensor_pattern(donor)
+    pattern = head_tensor_pattern(donor)
     attention = {int(match["layer"]): match["attention"] for match in map(pattern.fullmatch, names) if match}
     for layer_idx, path in sorted(attention.items()):
         yield layer_idx, _read_layer(donor, path, names)
 
 
-def _head_tensor_pattern(donor: Donor) -> re.Pattern:
+def head_tensor_pattern(donor: Donor) -> re.Pattern:
     """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
     begin, _, end = donor.layout.attention.partition("{layer_idx}")
     begins = [begin] if donor.composite is None else donor.composite.stored_paths(begin)
@@ -109,7 +109,7 @@ class _Surgery:
         self.donor, self.plan, self.target = donor, plan, target
         self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
-        self.head_tensor = _head_tensor_pattern(donor)
+        self.head_tensor = head_tensor_pattern(donor)
         self.prefix = f"{donor.model_class.base_model_prefix}."
         self.borrowed = borrowed_pattern(target.rows, target.layout)
         self.tied = tied_parameters(target)

@@ -16,6 +16,7 @@ from ..convert.cache_bytes import (
 from ..convert.donor import Donor
 from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
+from ..convert.surgery import head_tensor_pattern
 from ..convert.target import Target
 from ..human_units import human_bytes, human_count
 from ..methods import method_kind
@@ -75,7 +76,9 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
     changed = sum(heads) - sum(donor.num_key_value_heads)
-    per_head = donor.head_dim * (2 * (donor.config.hidden_size + _has_key_bias(donor)) + _has_own_norms(donor))
+    per_head = donor.head_dim * (
+        2 * (donor.config.hidden_size + bool(_key_tensors(donor, "bias"))) + _has_own_norms(donor)
+    )
     more = changed * per_head - removed_parameters(target)
     after = _side(
         donor,
@@ -137,13 +140,11 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, a
     return notes
 
 
-def _key_tensor(donor: Donor, kind: str) -> str:
-    """The end of the name of the tensors that hold the keys' weights or biases."""
-    return f".{donor.layout.fused or donor.layout.key}.{kind}"
-
-
-def _has_key_bias(donor: Donor) -> bool:
-    return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
+def _key_tensors(donor: Donor, kind: str) -> list[str]:
+    """The tensors that hold the keys' weights or biases, layer by layer; other towers of a composite have keys too."""
+    ending, heads = f".{donor.layout.fused or donor.layout.key}.{kind}", head_tensor_pattern(donor)
+    names = (name for shard in donor.tensors.shards.values() for name in shard)
+    return [name for name in names if name.endswith(ending) and heads.fullmatch(name)]
 
 
 def _has_own_norms(donor: Donor) -> bool:
@@ -153,7 +154,4 @@ def _has_own_norms(donor: Donor) -> bool:
 
 def stored_dtype(donor: Donor) -> torch.dtype:
     """Of the keys, which is the cache's."""
-    ending = _key_tensor(donor, "weight")
-    return next(
-        donor.tensors.dtype(name) for names in donor.tensors.shards.values() for name in names if name.endswith(ending)
-    )
+    return donor.tensors.dtype(_key_tensors(donor, "weight")[0])
