@@ -18,7 +18,7 @@ from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
 from .donor_folder import locate
-from .families import Family, family_of, native_class
+from .families import Family, check_flags, family_of, native_class
 
 
 REBUILT_BUFFERS = r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn\.masked_bias$"
@@ -109,6 +109,8 @@ def open_donor(
                 f"something else. Use --weights-only to convert its tensors as this hf_gqa understands them."
             )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
+    if composite is None:
+        check_flags(raw, type(config), str(folder / "config.json"))
     model_class = _model_class(raw, config, family, folder / "config.json")
     donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder), composite)
     if ships_code(raw, family) and trust_remote_code:
