@@ -39,6 +39,7 @@ class Donor:
         model_class: the native or own class that its tensors belong to.
         tensors: where its tensors come from.
         dropped: names of tensors that the class rebuilds itself and that are not carried along.
+        as_published: whether they are in a layout that transformers converts when it loads, such as experts by themselves.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Donor:
     model_class: type[PreTrainedModel]
     tensors: Checkpoint | StateDict
     dropped: frozenset[str]
+    as_published: bool
 
     @property
     def num_attention_heads(self) -> int:
@@ -225,7 +227,7 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    dropped = _check_tensors(where, model, composite, tensors)
+    dropped, as_published = _check_tensors(where, model, composite, tensors)
     return Donor(
         name=name,
         folder=folder,
@@ -239,13 +241,16 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         model_class=model_class,
         tensors=tensors,
         dropped=dropped,
+        as_published=as_published,
     )
 
 
 def _check_tensors(
     where: str, model: PreTrainedModel, composite: Composite | None, tensors: Checkpoint | StateDict
-) -> frozenset[str]:
-    """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
+) -> tuple[frozenset[str], bool]:
+    """Compare what is stored with what `model` (without values) has.
+
+    Returns the stored tensors that it rebuilds itself, and whether the others are as published and not as in the class.
 
     A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and in the layout of
     the class or in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
@@ -283,7 +288,7 @@ def _check_tensors(
     for name, shape in expected.items():
         if name in stored:
             _check_tensor(where, stored[name], shape, tensors)
-    return frozenset(stored[name] for name in extra)
+    return frozenset(stored[name] for name in extra), expected.keys() != layouts[0].keys()
 
 
 def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkpoint | StateDict) -> None:

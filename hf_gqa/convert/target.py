@@ -75,6 +75,11 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     except ValueError as error:
         raise Refusal(str(error)) from None
     _check_shared_init(plan, rows)
+    if donor.as_published and any(row.parameters_from is not None and row.tied != "attention" for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: ties feed-forwards, and '{donor.name}' stores its experts one by one, under names that "
+            f"its class does not have. Use albert_attention, or convert the loaded model (hf_gqa.convert)."
+        )
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
     if observing and any(row.borrows for row in rows):
         raise Refusal(
