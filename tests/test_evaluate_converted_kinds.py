@@ -78,6 +78,7 @@ def test_the_command_writes_and_prints_it(made, tmp_path):
     assert {"masked_lm": "masked tokens", "encoder": "cosine", "seq2seq": "rougeL"}[kind] in done.output
 
 
+@pytest.mark.slow
 def test_peak_memory_is_measured_in_a_fresh_process(made):
     from hf_gqa.evaluate.peak_memory import peak_memory_bytes
 

@@ -96,8 +96,8 @@ def test_verdicts():
         "The cache is 4x smaller (12 KiB to 3 KiB per written token), of the source 4x smaller (12 KiB to 3 KiB per source token), and "
         "decoding is faster wherever it was measured (1.09x to 2x at batch 1 to 16 and source 128 to 480; the bytes moved "
         "would allow 1.19x to 3.01x). It costs 0.08 nats per token of loss (95% interval 0.071 to 0.0894; perplexity 22.2 to "
-        "24.05; KL 0.0912), 0.203 for sources of 65 to 119 tokens; both expect the same next token 84.34% of the time. No "
-        "difference in what it writes was seen (rougeL 0.351 to 0.322)."
+        "24.05; KL 0.0912), 0.203 for sources of 65 to 119 tokens; both expect the same next token 84.34% of the time. What "
+        "it writes is farther from the references (rougeL 0.351 to 0.322)."
     )
     assert verdict(masked_report()) == (
         "Reading is faster in 2 and slower in 0 of 2 settings (1.07x at batch 1 to 16 and length 128). It costs 0.08 nats per "

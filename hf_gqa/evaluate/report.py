@@ -374,11 +374,10 @@ class Report:
             raise Refusal(
                 f"{where}: format = {found!r}, this hf_gqa reads {FORMAT}. Evaluate the student again with this hf_gqa."
             )
-        if values.get("kind", CAUSAL_LM) not in AUTO_CLASSES:
-            raise Refusal(
-                f"{where}: kind = {values['kind']!r}, expected one of {', '.join(AUTO_CLASSES)}. Make it again."
-            )
-        return value_of(cls, values, where)
+        report = value_of(cls, values, where)
+        if report.kind not in AUTO_CLASSES:
+            raise Refusal(f"{where}: kind = {report.kind!r}, expected one of {', '.join(AUTO_CLASSES)}. Make it again.")
+        return report
 
     @classmethod
     def read(cls, path: str | Path) -> "Report":

@@ -92,13 +92,16 @@ class PlannedModel(GroupedByDefault):
 
     def _tied_layers(self, rows) -> dict[str, str]:
         """Name of each parameter that is another layer's -> name of that."""
-        before, _, attention = self.attention_class.donor_layout.attention.partition("{layer_idx}.")
-        return {
-            f"{before}{layer_idx}.{name}": f"{before}{row.parameters_from}.{name}"
-            for layer_idx, row in enumerate(rows)
-            if row.parameters_from is not None
-            for name in tied_names(self.get_submodule(f"{before}{layer_idx}"), attention, row.tied)
-        }
+        layout, tied = self.attention_class.donor_layout, {}
+        before, _, attention = layout.attention.partition("{layer_idx}.")
+        attention += f".{layout.inner}" if layout.inner else ""
+        for layer_idx, row in enumerate(rows):
+            if row.parameters_from is not None:
+                lender = f"{before}{row.parameters_from}"
+                lent = dict(self.get_submodule(lender).named_parameters())  # ModernBERT's first layer lacks a norm
+                names = tied_names(self.get_submodule(f"{before}{layer_idx}"), attention, row.tied)
+                tied |= {f"{before}{layer_idx}.{name}": f"{lender}.{name}" for name in names if name in lent}
+        return tied
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Tied layers are tied whatever `tie_word_embeddings` says."""
