@@ -75,6 +75,11 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     except ValueError as error:
         raise Refusal(str(error)) from None
     _check_shared_init(plan, rows)
+    if not donor.layout.lends and any(row.borrows_states for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: layers of a {donor.layout.model_type} cannot lend each other queries, keys or values, "
+            f"for its blocks hand nothing on to attention. Tie weights instead (albert, albert_attention)."
+        )
     if donor.as_published and any(row.parameters_from is not None and row.tied != "attention" for row in rows):
         raise Refusal(
             f"sharing = {plan.sharing}: ties feed-forwards, and '{donor.name}' stores its experts one by one, under names that "

@@ -29,6 +29,8 @@ class AttentionLayout:
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
+        lends: whether the native blocks hand what they are given on to attention, without which layers cannot lend each
+            other queries, keys and values.
         position: the position scheme in words, for people.
     """
 
@@ -51,6 +53,7 @@ class AttentionLayout:
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
     bidirectional: bool = False
+    lends: bool = True
     position: str
 
     def mixing_module(self, layer_idx: int) -> str:
