@@ -55,7 +55,8 @@ def canonical(model, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             strict=True,
         ):
             for kind, tensor in zip(("weight", "bias"), tensors, strict=True):
-                rest[f"{path}.{state[0]}_proj.{kind}"] = tensor.flatten(0, 1)
+                if tensor is not None:
+                    rest[f"{path}.{state[0]}_proj.{kind}"] = tensor.flatten(0, 1)
     return rest
 
 

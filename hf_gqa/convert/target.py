@@ -74,6 +74,11 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
         check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
     except ValueError as error:
         raise Refusal(str(error)) from None
+    if not donor.layout.hands_on_states and any(row.borrows_states for row in rows):
+        raise Refusal(
+            f"'{donor.name}': blocks of a {donor.layout.model_type} hand nothing from layer to layer, so that layers can share "
+            f"weights but no queries, keys or values. Use sharing = albert."
+        )
     _check_shared_init(plan, rows)
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
     if observing and any(row.borrows for row in rows):

@@ -29,6 +29,7 @@ class AttentionLayout:
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
+        hands_on_states: whether the family's blocks pass keywords on to their attention, by which layers lend states.
         position: the position scheme in words, for people.
     """
 
@@ -51,6 +52,7 @@ class AttentionLayout:
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
     bidirectional: bool = False
+    hands_on_states: bool = True
     position: str
 
     def mixing_module(self, layer_idx: int) -> str:
