@@ -91,14 +91,16 @@ class PlannedModel(GroupedByDefault):
         self.post_init()
 
     def _tied_layers(self, rows) -> dict[str, str]:
-        """Name of each parameter that is another layer's -> name of that."""
+        """Name of each parameter that is another layer's -> name of that. What that layer lacks stays the layer's own."""
         before, _, attention = self.attention_class.donor_layout.attention.partition("{layer_idx}.")
-        return {
+        names = dict(self.named_parameters())
+        tied = {
             f"{before}{layer_idx}.{name}": f"{before}{row.parameters_from}.{name}"
             for layer_idx, row in enumerate(rows)
             if row.parameters_from is not None
             for name in tied_names(self.get_submodule(f"{before}{layer_idx}"), attention, row.tied)
         }
+        return {name: lender for name, lender in tied.items() if lender in names}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Tied layers are tied whatever `tie_word_embeddings` says."""
