@@ -256,7 +256,7 @@ def stored_alike(model_type: str) -> bool:
     return has_native_gqa(model_type) and load_family(model_type).donor_layout.fused is None
 
 
-@pytest.mark.parametrize("model_type", filter(stored_alike, MODEL_TYPES))
+@pytest.mark.parametrize("model_type", list(filter(stored_alike, MODEL_TYPES)))
 def test_native_and_bundle_hold_the_same_tensors(model_type, tmp_path):
     folder = written(tiny_donor(model_type), tmp_path / "donor", max_shard_size=ONE_TENSOR_EACH)
     for export in ("native", "bundle"):

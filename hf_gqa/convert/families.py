@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..registry import Registry
@@ -13,6 +14,7 @@ from .unsupported import reason_against
 
 
 FAMILIES = Registry("hf_gqa.runtime", "family", "DONOR_LAYOUT", prefix="modeling_gqa_")
+DEFAULT_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +40,12 @@ class Family:
 
     @property
     def native_config_class(self) -> type[PretrainedConfig]:
-        return type(AutoConfig.for_model(self.model_type))
+        return CONFIG_MAPPING[self.model_type]
 
     @property
     def default_class(self) -> type[PreTrainedModel]:
         """Of our own classes, that of a donor that does not say which one it is of."""
-        return self.head_classes.get("AutoModelForCausalLM", self.base_class)
+        return next((self.head_classes[name] for name in DEFAULT_HEADS if name in self.head_classes), self.base_class)
 
     @property
     def own_classes(self) -> dict[type[PreTrainedModel], type[PreTrainedModel]]:

@@ -16,6 +16,7 @@ from .donor import Donor
 from .families import native_class
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
+from .rows_with_encoder import checked_rows_with_encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class Target:
     Args:
         export: "native" or "bundle".
         reason: why this export, in one sentence.
-        rows: one row per layer.
+        rows: one row for each attention of the donor: without an encoder, per layer.
         same_class: whether the student's class and tensor names are the donor's.
         passed_through: (name, tensor) -> tensor, for tensors outside attention.
     """
@@ -59,11 +60,17 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
 
 def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     """The plan's table, when it fits the donor's heads and layers."""
+    if donor.layout.cross_attention is not None:
+        return checked_rows_with_encoder(donor, plan)
     sharing = [n for n, row in enumerate(getattr(donor.config, "layer_plan", None) or []) if len(row) > 1]
     if sharing:
         raise Refusal(
             f"'{donor.name}': its layer {sharing[0]} borrows from another, and a student cannot be converted further. "
             f"Convert its donor, with a plan that says all of it."
+        )
+    if plan.convert_encoder:
+        raise Refusal(
+            f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out."
         )
     types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
     rows = plan.rows(donor.num_key_value_heads, types)
@@ -113,13 +120,16 @@ def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
     layout = donor.family.donor_layout
+    full = [row.num_key_value_heads for row in rows] == [site.num_attention_heads for site in donor.sites]
+    if layout.cross_attention is not None and not full:
+        return None, f"a native {layout.model_type} has as many KV heads as query heads"
     if any(row != LayerPlan(num_key_value_heads=row.num_key_value_heads) for row in rows):
         return None, f"in a native {layout.model_type} every layer owns its queries, keys, values and weights"
-    if any(row != rows[0] for row in rows):
+    if layout.cross_attention is None and any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
     if layout.key_value_heads_field is not None:
         return _of_the_family(donor, rows, f"{layout.model_type} has a number of KV heads of its own"), ""
-    if rows[0].num_key_value_heads == donor.num_attention_heads:
+    if full:
         return _of_the_family(donor, rows, "every query head has a KV head of its own"), ""
     obstacles = [f"a native {layout.model_type} has as many KV heads as query heads"]
     for relative in map(RELATIVES.get, RELATIVES.names()):
@@ -133,16 +143,17 @@ def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, s
 
 def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
     layout = donor.family.donor_layout
-    same_class = donor.layout == layout
-    config = copy.deepcopy(donor.config) if same_class else _plain(donor.config, donor.family.native_config_class)
+    same_class = donor.config.model_type == layout.model_type
+    config = copy.deepcopy(donor.model_config) if same_class else _plain(donor.config, donor.family.native_config_class)
     if layout.key_value_heads_field is not None:
-        setattr(config, layout.key_value_heads_field, rows[0].num_key_value_heads)
+        language = config if donor.composite is None else config.get_text_config()
+        setattr(language, layout.key_value_heads_field, rows[0].num_key_value_heads)
     return Target(
         export="native",
         reason=reason,
         config=config,
         model_class=donor.model_class if same_class else native_class(donor.model_class),
-        layout=layout,
+        layout=donor.layout if same_class else layout,
         rows=rows,
         same_class=same_class,
     )
@@ -180,10 +191,10 @@ def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
         )
     if getattr(donor.config, "add_cross_attention", False):
         raise Refusal("export: a bundle has no cross-attention (add_cross_attention is set). Use a decoder-only donor.")
-    heads = max(row.num_key_value_heads for row in rows)
-    config = _plain(
-        donor.config, family.config_class, num_key_value_heads=heads, layer_plan=[row.to_dict() for row in rows]
-    )
+    planned = {"layer_plan": [row.to_dict() for row in rows]}
+    if family.donor_layout.cross_attention is None:
+        planned["num_key_value_heads"] = max(row.num_key_value_heads for row in rows)
+    config = _plain(donor.config, family.config_class, **planned)
     return Target(
         export="bundle",
         reason=reason,
