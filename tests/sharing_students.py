@@ -35,7 +35,7 @@ PLANS = {
     "mixed": {"layer_plan": [{"num_key_value_heads": 2, **row} for row in MIXED]},
 }
 WHOLE = ("llama", "gemma3_text", "gpt2")  # one norm and type, two types with norms, fused without rotation
-FAMILIES = [m for m in MODEL_TYPES if load_family(m).donor_layout.hands_on_states]
+FAMILIES = [m for m in MODEL_TYPES if load_family(m).donor_layout.passes_keywords]
 CASES = [(m, plan) for m in FAMILIES for plan in PLANS if m in WHOLE or plan in ("mixed", "albert")]
 CASES += [(m, "albert") for m in MODEL_TYPES if m not in FAMILIES]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)

@@ -5,10 +5,11 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
 from ..convert.plan import EXPORTS
 from ..convert.target import choose_target
-from ..export.calibration_text import DEFAULT_TOKENS, SAVED, make_calibration
+from ..export.calibration_text import DEFAULT_TOKENS, SAVED, dataset_source, make_calibration
 from ..export.explanation import Explanation, explain
 from ..export.write_student import convert_checkpoint
 from ..human_units import human_bytes, human_count
@@ -16,13 +17,50 @@ from ..methods import METHODS
 from ..refusal import Refusal
 from ..staging import check_output
 from ..workflow.search_plan import FoundPlan
-from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
-from .plan_options import PlanFile, SharedInit, SharedLayers, ShareEvery, Sharing, asked_plan, parsed_layers, read_plan
+from .options import (
+    CalibrationDataset,
+    CalibrationFiles,
+    CalibrationTokens,
+    Json,
+    Revision,
+    SaveCalibration,
+    TrustRemoteCode,
+    WeightsOnly,
+)
+from .plan_options import (
+    ConvertEncoder,
+    PlanFile,
+    SharedInit,
+    SharedLayers,
+    ShareEvery,
+    Sharing,
+    asked_plan,
+    parsed_layers,
+    read_plan,
+)
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
 
 
 METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
+
+
+KEY_VALUE_ROWS = (
+    ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
+    ("cache per token", cache_in_words),
+)
+ENCODER_ROWS = (
+    ("KV heads, cross-attention", lambda side: heads_in_words(side["num_key_value_heads_cross"])),
+    ("KV heads, encoder", lambda side: heads_in_words(side["num_key_value_heads_encoder"])),
+    ("cache per token read", lambda side: human_bytes(side["cache_bytes_per_encoder_token"])),
+)
+ROWS = (
+    ("query heads", lambda side: str(side["num_attention_heads"])),
+    ("parameters", lambda side: human_count(side["parameters"])),
+    ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
+    ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
+    ("model type", lambda side: side["model_type"]),
+)
 
 
 def convert(
@@ -41,8 +79,10 @@ def convert(
     layer_heads: LayerHeads = None,
     kv_budget: KvBudget = None,
     cache_budget: CacheBudget = None,
+    convert_encoder: ConvertEncoder = False,
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
     calibration: CalibrationFiles = None,
+    calibration_dataset: CalibrationDataset = None,
     calibration_tokens: CalibrationTokens = None,
     save_calibration: SaveCalibration = None,
     revision: Revision = None,
@@ -67,13 +107,15 @@ def convert(
             "export": export,
             "seed": seed,
             "layer_plan": rows_of_layers(layer_heads),
+            "convert_encoder": convert_encoder,
         }
         wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
         plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
-        text, known, found = (calibration or [], calibration_tokens, seed, save_calibration), None, None
+        text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
+        known = found = None
         if wanted is not None:
             known = _calibration(opened, *text)
             found = wanted.search(opened, known)
@@ -86,21 +128,25 @@ def convert(
             known = known or _calibration(opened, *text)
             convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     if json:
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run, "choice": choice})
+        said = {} if choice is None else {"choice": choice}
+        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run} | said)
     elif dry_run:
         console().print("Nothing was written (--dry-run).")
     else:
         console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
 
 
-def _calibration(donor: Donor, files: list[str], tokens: int | None, seed: int, save: Path | None):
+def _calibration(
+    donor: Donor, files: list[str], dataset: str | None, tokens: int | None, seed: int, save: Path | None
+) -> Calibration | None:
     if save is not None and save.suffix != SAVED:
         raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
-    if not files and tokens is None:
+    if not files and dataset is None and tokens is None:
         if save is not None:
             raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
         return None
-    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed)
+    source = None if dataset is None else dataset_source(dataset)
+    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed, source)
     if save is not None:
         made.write(save)
     return made
@@ -115,15 +161,7 @@ def _print_plan(explanation: Explanation, output: Path, found: FoundPlan | None)
 def print_explanation(explanation: Explanation, output: Path) -> None:
     before, after = explanation.before, explanation.after
     table = Table("", "donor", "student", title=f"{explanation.donor} -> {output}", title_justify="left")
-    for name, describe in (
-        ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
-        ("query heads", lambda side: str(side["num_attention_heads"])),
-        ("cache per token", cache_in_words),
-        ("parameters", lambda side: human_count(side["parameters"])),
-        ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
-        ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
-        ("model type", lambda side: side["model_type"]),
-    ):
+    for name, describe in (*KEY_VALUE_ROWS, *(ENCODER_ROWS if "num_key_value_heads_encoder" in before else ()), *ROWS):
         table.add_row(name, describe(before), describe(after))
     out = console()
     out.print(table)

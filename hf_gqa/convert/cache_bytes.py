@@ -196,7 +196,9 @@ def key_value_heads(config: PretrainedConfig) -> list[int] | None:
     """KV heads of each layer as any decoder's configuration says; None where it says nothing about heads."""
     if getattr(config, "layer_plan", None) is not None:
         return [row["num_key_value_heads"] for row in config.layer_plan]
-    default = 1 if getattr(config, "multi_query", False) else getattr(config, "num_attention_heads", None)
+    repeats_first = getattr(config, "new_decoder_architecture", False)  # a native Falcon caches what it has repeated
+    one = getattr(config, "multi_query", False) and not repeats_first
+    default = 1 if one else getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or default
     return None if heads is None else [heads] * config.num_hidden_layers
 
@@ -238,7 +240,12 @@ def _measured(model: PreTrainedModel, cache_class: str, num_tokens: int) -> int:
     cache = CACHE_CLASSES[cache_class].make(model.config, num_tokens)
     tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
     model(tokens, past_key_values=cache, use_cache=True)
-    stored = [tensor for layer in cache.layers for tensor in _stored_tensors(layer)]
+    return bytes_of_layers(cache.layers)
+
+
+def bytes_of_layers(layers) -> int:
+    """That the layers of a cache keep in tensors."""
+    stored = [tensor for layer in layers for tensor in _stored_tensors(layer)]
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 

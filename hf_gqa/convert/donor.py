@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,17 @@ import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
+from ..runtime.attention_sites import ENCODER, AttentionSite, attention_sites
+from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
+from .composites import Composite, composite_of
+from .donor_sites import check_heads, check_is_whole, key_value_heads
 from .families import Family, family_of, native_class
+from .stored_tensors import check_tensors
 
 
 CARRIED_FILES = (
@@ -31,7 +33,6 @@ CARRIED_FILES = (
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
 )  # fmt: skip
-REBUILT_BUFFERS = r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn\.masked_bias$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,9 @@ class Donor:
         name: what the user called it: the repository, the folder's name, or the model's own name.
         folder: where its files are; None for a model in memory.
         revision: the commit on the Hub, if it came from there.
+        config: of the language model, which in a composite is one tower.
+        model_config: of the whole.
+        composite: what surrounds the language tower, or None.
         raw_config: `config.json` as it is on disk; None for a model in memory.
         model_class: the native or own class that its tensors belong to.
         tensors: where its tensors come from.
@@ -52,6 +56,8 @@ class Donor:
     folder: Path | None
     revision: str | None
     config: PretrainedConfig
+    model_config: PretrainedConfig
+    composite: Composite | None
     raw_config: dict | None
     family: Family
     layout: AttentionLayout
@@ -60,13 +66,24 @@ class Donor:
     dropped: frozenset[str]
 
     @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Every attention, in the order of the rows."""
+        return attention_sites(self.layout, self.config)
+
+    @property
     def num_attention_heads(self) -> int:
-        return self.config.num_attention_heads
+        """Of the decoder."""
+        return self.sites[0].num_attention_heads
 
     @property
     def num_key_value_heads(self) -> list[int]:
-        """Of each layer."""
-        return _key_value_heads(self.config, self.layout)
+        """Of each attention: without an encoder, of each layer."""
+        return key_value_heads(self.family, self.layout, self.config)
+
+    @property
+    def cached_key_value_heads(self) -> list[int]:
+        """Of each attention but an encoder's below a decoder, which caches nothing."""
+        return [n for site, n in zip(self.sites, self.num_key_value_heads, strict=True) if site.kind != ENCODER]
 
     @property
     def has_head_norms(self) -> bool:
@@ -75,8 +92,15 @@ class Donor:
         return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
+    def longest_tokens(self) -> int | None:
+        """Of a row; None where positions have no end."""
+        config = self.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+    @property
     def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_attention_heads
+        """Of the decoder."""
+        return self.sites[0].head_dim
 
 
 def open_donor(
@@ -98,14 +122,15 @@ def open_donor(
     folder, commit = _locate(str(name_or_path), revision)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
-    family = family_of(raw.get("model_type"), str(folder / "config.json"))
+    composite, model_type = composite_of(raw, str(folder / "config.json"))
+    family = family_of(model_type, str(folder / "config.json"))
     if ships_code(raw, family) and not (weights_only or trust_remote_code):
         raise Refusal(
             f"{folder / 'config.json'}: 'auto_map' names code of the donor's own ({_first_value(raw['auto_map'])}), which "
             f"may compute something else than the native '{family.model_type}'. Use --weights-only to convert its "
             f"tensors as native without running that code, or --trust-remote-code to run it once and compare first."
         )
-    if raw["model_type"] != family.model_type and not weights_only:
+    if model_type != family.model_type and not weights_only:
         different = foreign_code(folder, raw)
         if different:
             raise Refusal(
@@ -114,7 +139,7 @@ def open_donor(
             )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
     model_class = _model_class(raw, config, family, folder / "config.json")
-    donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder))
+    donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder), composite)
     if ships_code(raw, family) and trust_remote_code:
         _compare_with_own_code(donor)
     return donor
@@ -147,7 +172,8 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
             f"Unwrap it first (model.module for DDP, model.merge_and_unload() for PEFT)."
         )
     where = getattr(model.config, "_name_or_path", None) or type(model).__name__
-    family = family_of(model.config.model_type, where)
+    composite, model_type = composite_of(model.config.to_dict(), where)
+    family = family_of(model_type, where)
     if getattr(model.config, "quantization_config", None) is not None:
         raise Refusal(_quantized(where))
     state = model.state_dict()
@@ -160,7 +186,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
             f"{where}: {type(model).__name__} is not a class of transformers or of hf_gqa; its code may compute something "
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
         )
-    return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state))
+    return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state), composite)
 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
@@ -241,102 +267,43 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
     )
 
 
-def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
+def _checked_donor(name, folder, revision, model_config, raw, family, model_class, tensors, composite) -> Donor:
     where = str(folder or name)
-    layout = family.layout_of(config.model_type)
+    config = model_config if composite is None else model_config.get_text_config()
+    layout, obstacle = family.layout_of(config.model_type), family.donor_obstacle(config)
+    if obstacle is not None:
+        raise Refusal(f"{where}: {obstacle}. Such donors cannot be converted.")
     if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
         raise Refusal(
             f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
             f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
         )
-    for heads in set(_key_value_heads(config, layout)):
-        if heads < 1 or config.num_attention_heads % heads:
-            raise Refusal(
-                f"{where}: {heads} KV heads do not divide num_attention_heads = {config.num_attention_heads}, so no model "
-                f"of this configuration can run. Correct config.json."
-            )
+    check_heads(where, config, family, layout)
     try:
-        plain = copy.deepcopy(config)
-        plain._attn_implementation = (
-            "eager"  # a loaded model may have been given one that its class does not start with
-        )
+        plain = copy.deepcopy(model_config)
+        plain._attn_implementation = "eager"  # a loaded model may have been given one its class does not start with
         with torch.device("meta"):
             model = model_class(plain)
     except Exception as error:  # whatever the native class raises on values it cannot take
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    dropped = _check_tensors(where, model, f"{model_class.base_model_prefix}.", tensors)
+    check_is_whole(where, model, family)
+    dropped = check_tensors(where, model, family, composite, tensors)
     return Donor(
         name=name,
         folder=folder,
         revision=revision,
         config=config,
+        model_config=model_config,
+        composite=composite,
         raw_config=raw,
         family=family,
-        layout=layout,
+        layout=layout if composite is None else composite.layout(layout),
         model_class=model_class,
         tensors=tensors,
         dropped=dropped,
     )
-
-
-def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
-    """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
-
-    A checkpoint may be of the base model or of a head class, with or without `prefix`, and in the layout of the class or
-    in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
-    """
-    states = [model.state_dict(), revert_weight_conversion(model, model.state_dict())]
-    layouts = [{name.removeprefix(prefix): tuple(t.shape) for name, t in state.items()} for state in states]
-    stored = {}
-    for name in (name for names in tensors.shards.values() for name in names):
-        twin = stored.setdefault(name.removeprefix(prefix), name)
-        if twin != name:
-            raise Refusal(
-                f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
-            )
-    expected = max(layouts, key=lambda shapes: len(shapes.keys() & stored.keys()))
-    rebuilt = re.compile("|".join([REBUILT_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
-    extra = sorted(stored.keys() - expected.keys())
-    unknown = [stored[name] for name in extra if not rebuilt.search(name)]
-    if unknown:
-        raise Refusal(
-            f"{where}: '{unknown[0]}' is no tensor of {type(model).__name__} ({len(unknown)} such tensors). "
-            f"Load the donor with its own class and save it again, so that only its tensors remain."
-        )
-    tied = {name.removeprefix(prefix) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
-    missing = sorted(expected.keys() - stored.keys() - tied)
-    if missing:
-        raise Refusal(
-            f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "
-            f"Download the donor again."
-        )
-    for name, shape in expected.items():
-        if name in stored:
-            _check_tensor(where, stored[name], shape, tensors)
-    return frozenset(stored[name] for name in extra)
-
-
-def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkpoint | StateDict) -> None:
-    if tensors.shape(name) != shape:
-        raise Refusal(
-            f"{where}: '{name}' has shape {list(tensors.shape(name))}, but its configuration says {list(shape)}. "
-            f"Weights and config.json are not of the same model: download both again."
-        )
-    if tensors.dtype(name) not in FLOAT_DTYPES.values():
-        raise Refusal(
-            f"{where}: '{name}' is stored as {tensors.dtype(name)}, which looks quantized. "
-            f"Convert the original weights (F64, F32, F16 or BF16)."
-        )
-
-
-def _key_value_heads(config: PretrainedConfig, layout: AttentionLayout) -> list[int]:
-    plan = getattr(config, "layer_plan", None)
-    if plan is not None:
-        return [row["num_key_value_heads"] for row in plan]
-    field = layout.key_value_heads_field or "num_attention_heads"
-    return [getattr(config, field)] * config.num_hidden_layers
 
 
 def _first_value(mapping) -> str:
@@ -375,7 +342,7 @@ def _relative_difference(donor: Donor, auto_class) -> float:
     native_class = auto_class._model_mapping[type(donor.config)]
     own = auto_class.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32)
     own_output = own.eval()(tokens)[0]
-    native = native_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32)
+    native = native_class.from_pretrained(donor.folder, config=donor.model_config, dtype=torch.float32)
     native_output = native.eval()(tokens)[0]
     if own_output.shape != native_output.shape:
         raise ValueError(f"its output has shape {list(own_output.shape)}, the native one {list(native_output.shape)}")

@@ -5,15 +5,16 @@ from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
 from ..refusal import Refusal
 from .explanation import explain, facts
+from .support_table import support_row
 
 
 def inspect_donor(donor: Donor) -> dict:
     """The donor's numbers, and for each legal head count what the student would be and why."""
     before = facts(donor)
-    fewer, more = legal_targets(donor.num_attention_heads, min(donor.num_key_value_heads))
+    fewer, more = legal_targets(donor.num_attention_heads, min(donor.cached_key_value_heads))
     targets, impossible = [], []
     for heads in reversed([*fewer, *more]):
-        kind = "keep" if {heads} == set(donor.num_key_value_heads) else "expand" if heads in more else "reduce"
+        kind = "keep" if {heads} == set(donor.cached_key_value_heads) else "expand" if heads in more else "reduce"
         plan = ConversionPlan(num_key_value_heads=heads, method=("expand",) if kind == "expand" else ("mean_pool",))
         try:
             explained = explain(donor, plan, choose_target(donor, plan))
@@ -39,7 +40,8 @@ def inspect_donor(donor: Donor) -> dict:
         )
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
     numbers = {**before, "targets": targets, "impossible": impossible}
-    return {"donor": donor.name, "model_class": model_class, "position": position, **numbers}
+    row = support_row(donor.family.model_type)
+    return {"donor": donor.name, "model_class": model_class, "position": position, "family": row, **numbers}
 
 
 def _fraction(after: dict, before: dict, name: str) -> float | None:
