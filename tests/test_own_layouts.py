@@ -160,7 +160,7 @@ def test_clipped_mpt_is_refused():
 
 @pytest.mark.parametrize("model_type", ["bloom", "falcon"])
 def test_layers_cannot_share_where_blocks_pass_nothing_on(model_type):
-    with pytest.raises(Refusal, match=f"the blocks of a {model_type} pass on nothing that one layer could lend"):
+    with pytest.raises(Refusal, match=f"layers of a {model_type} cannot lend each other queries, keys or values"):
         convert(tiny_donor(model_type), num_key_value_heads=4, sharing="cross_layer_kv", shared_layers=(1,))
 
 

@@ -11,7 +11,7 @@ from hf_gqa import use_grouped_attention
 from hf_gqa.convert.families import FAMILIES, load_family
 
 
-ALL_MODEL_TYPES = FAMILIES.names()
+ALL_MODEL_TYPES = [name for name in FAMILIES.names() if load_family(name).donor_layout.cross_attention is None]
 ENCODERS = [name for name in ALL_MODEL_TYPES if load_family(name).donor_layout.bidirectional]
 MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
 STORAGE = ("inner", "fused", "fused_order", "fused_blocks", "transposed", "norm_list")  # of a layout

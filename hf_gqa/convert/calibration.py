@@ -84,6 +84,7 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
     Warns:
         UserWarning: too few tokens for the donor's width.
     """
+    check_decoder(donor)
     _check_rows(tokens_NL, donor)
     tokens_NL, needed = tokens_NL.to(torch.int32), TOKENS_PER_DIMENSION * donor.config.hidden_size
     if tokens_NL.numel() < needed:
@@ -106,6 +107,15 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
             statistics.append(total.statistics())
             bar.update()
     return Calibration(donor=fingerprint(donor), tokens_NL=tokens_NL, statistics=tuple(statistics))
+
+
+def check_decoder(donor: Donor) -> None:
+    """Raises Refusal for a donor that reads one text and writes another: rows of tokens do not say which is which."""
+    if donor.layout.cross_attention is not None:
+        raise Refusal(
+            f"calibration: '{donor.name}' is an encoder-decoder, whose cross-attention reads pairs of texts, and a calibration "
+            f"is of single ones. Leave it out: methods such as mean_pool, group, align and fold go by the weights alone."
+        )
 
 
 def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
@@ -165,6 +175,7 @@ def calibrated(
     """
     if calibration is None:
         return {}
+    check_decoder(donor)
     if isinstance(calibration, Calibration) and calibration.donor != fingerprint(donor):
         raise Refusal(
             f"calibration: was made with another donor than '{donor.name}', whose weights differ. Calibrate this one."

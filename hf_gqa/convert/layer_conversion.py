@@ -53,8 +53,11 @@ def converted_layer(
 
 
 def _initializer_range(config: PretrainedConfig) -> float:
-    """Older families, such as OPT, call it `init_std`."""
-    return getattr(config, "initializer_range", None) or config.init_std
+    """Standard deviation of key and value projections before training; families say it in three ways."""
+    for field in ("initializer_range", "init_std"):
+        if getattr(config, field, None) is not None:
+            return getattr(config, field)
+    return config.initializer_factor * config.hidden_size**-0.5
 
 
 class SequentialConversion:

@@ -16,6 +16,7 @@ from .donor import Donor
 from .families import family_of, native_class
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
+from .rows_with_encoder import checked_rows_with_encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class Target:
     Args:
         export: "native" or "bundle".
         reason: why this export, in one sentence.
-        rows: one row per layer.
+        rows: one row for each attention of the donor: without an encoder, per layer.
         same_class: whether the student's class and tensor names are the donor's.
         changed_fields: of the donor's configuration, where the class is the donor's.
         passed_through: (name, tensor) -> tensor, for tensors outside attention.
@@ -61,11 +62,17 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
 
 def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     """The plan's table, when it fits the donor's heads and layers."""
+    if donor.layout.cross_attention is not None:
+        return checked_rows_with_encoder(donor, plan)
     sharing = [n for n, row in enumerate(getattr(donor.config, "layer_plan", None) or []) if len(row) > 1]
     if sharing:
         raise Refusal(
             f"'{donor.name}': its layer {sharing[0]} borrows from another, and a student cannot be converted further. "
             f"Convert its donor, with a plan that says all of it."
+        )
+    if plan.convert_encoder:
+        raise Refusal(
+            f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out."
         )
     types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
     rows = plan.rows(donor.num_key_value_heads, types)
@@ -76,12 +83,17 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
         check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
     except ValueError as error:
         raise Refusal(str(error)) from None
+    _check_shared_init(plan, rows)
     if not donor.layout.passes_keywords and any(row.borrows_states for row in rows):
         raise Refusal(
-            f"'{donor.name}': the blocks of a {donor.family.model_type} pass on nothing that one layer could lend to another. "
-            f"Use a plan in which no layer borrows, sharing = own."
+            f"sharing = {plan.sharing}: layers of a {donor.layout.model_type} cannot lend each other queries, keys or values, "
+            f"for its blocks hand nothing on to attention. Tie weights instead (albert, albert_attention)."
         )
-    _check_shared_init(plan, rows)
+    if donor.as_published and any(row.parameters_from is not None and row.tied != "attention" for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: ties feed-forwards, and '{donor.name}' stores its experts one by one, under names that "
+            f"its class does not have. Use albert_attention, or convert the loaded model (hf_gqa.convert)."
+        )
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
     if observing and any(row.borrows for row in rows):
         raise Refusal(
@@ -128,11 +140,15 @@ def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
     layout = donor.family.donor_layout
+    full = [row.num_key_value_heads for row in rows] == [site.num_attention_heads for site in donor.sites]
+    if layout.cross_attention is not None and not full:
+        return None, f"a native {layout.model_type} has as many KV heads as query heads"
     if any(row != LayerPlan(num_key_value_heads=row.num_key_value_heads) for row in rows):
         return None, f"in a native {layout.model_type} every layer owns its queries, keys, values and weights"
-    if any(row != rows[0] for row in rows):
+    if layout.cross_attention is None and any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
-    fields = donor.family.native_fields(donor.config, rows[0].num_key_value_heads)
+    is_whole = layout.cross_attention is not None  # with all its heads, by now
+    fields = {} if is_whole else donor.family.native_fields(donor.config, rows[0].num_key_value_heads)
     if not isinstance(fields, str):
         return _of_the_family(donor, rows, fields), ""
     obstacles = [fields]
@@ -205,10 +221,10 @@ def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
         )
     if getattr(donor.config, "add_cross_attention", False):
         raise Refusal("export: a bundle has no cross-attention (add_cross_attention is set). Use a decoder-only donor.")
-    heads = max(row.num_key_value_heads for row in rows)
-    config = _plain(
-        donor.config, family.config_class, num_key_value_heads=heads, layer_plan=[row.to_dict() for row in rows]
-    )
+    planned = {"layer_plan": [row.to_dict() for row in rows]}
+    if family.donor_layout.cross_attention is None:
+        planned["num_key_value_heads"] = max(row.num_key_value_heads for row in rows)
+    config = _plain(donor.config, family.config_class, **planned)
     return Target(
         export="bundle",
         reason=reason,

@@ -33,10 +33,15 @@ class AttentionLayout:
             has as many KV heads as query heads whatever its configuration says.
         plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
             a method can compute them.
-        passes_keywords: whether blocks hand keywords that they do not know to their attention; layers cannot share
-            states otherwise.
+        passes_keywords: whether blocks hand keywords that they do not know on to their attention, without which layers cannot
+            lend each other queries, keys and values.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
+        cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
+            `attention` is the path in the decoder.
+        encoder_attention: path of an encoder layer's attention, with `cross_attention`.
+        num_layers_field, num_heads_field: configuration fields with the layers, and the query heads, of the decoder.
+        num_encoder_layers_field, num_encoder_heads_field: those of the encoder.
     """
 
     model_type: str
@@ -63,13 +68,24 @@ class AttentionLayout:
     passes_keywords: bool = True
     bidirectional: bool = False
     position: str
+    cross_attention: str | None = None
+    encoder_attention: str | None = None
+    num_layers_field: str = "num_hidden_layers"
+    num_heads_field: str = "num_attention_heads"
+    num_encoder_layers_field: str = "num_hidden_layers"
+    num_encoder_heads_field: str = "num_attention_heads"
 
     def mixing_module(self, layer_idx: int) -> str:
         """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
         return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
 
     def unfused(self, model_type: str) -> "AttentionLayout":
-        """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
+        """The layout of our own class for this family: separate Linear query, key and value; the rest as it was.
+
+        With an encoder they are separate already.
+        """
+        if self.cross_attention is not None:
+            return replace(self, model_type=model_type)
         below = f"{self.inner}." if self.inner else ""
         return replace(
             self,

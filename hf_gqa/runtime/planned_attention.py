@@ -119,6 +119,8 @@ class PlannedAttention:
         shared_states: SharedStates | None = None,
         **kwargs,
     ):
+        if shared_states is None and (self.lends or self.row.borrows_states):
+            raise ValueError(f"layer {self.layer_idx} shares with others, but was not told of what they lend.")
         query, key, value = self.own_states(hidden_states, position_embeddings)
         key, value = self.cached(key, value, past_key_values)
         query, key, value = self.shared(query, key, value, shared_states)
