@@ -263,5 +263,8 @@ def test_commands_share(tmp_path):
 
 
 def test_family_whose_blocks_hand_nothing_on_shares_weights_only():
-    with pytest.raises(Refusal, match=r"a stablelm pass on nothing that one layer .* Use sharing = albert"):
+    with pytest.raises(
+        Refusal,
+        match=r"layers of a stablelm cannot lend each other queries, .* Tie weights instead \(albert, albert_attention\)\.",
+    ):
         convert(deep_donor("stablelm"), sharing="echo", share_every=2)

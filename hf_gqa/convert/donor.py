@@ -2,37 +2,24 @@
 
 import copy
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import ENCODER, AttentionSite, attention_sites
+from ..runtime.attention_sites import AttentionSite, attention_sites
 from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
+from .donor_folder import locate
 from .donor_sites import check_heads, check_is_whole, key_value_heads
-from .families import Family, family_of, native_class
+from .families import Family, check_flags, family_of, native_class
 from .stored_tensors import check_tensors
-
-
-CARRIED_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "spiece.model",
-    "generation_config.json", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-WEIGHT_FILES = (
-    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +37,7 @@ class Donor:
         model_class: the native or own class that its tensors belong to.
         tensors: where its tensors come from.
         dropped: names of tensors that the class rebuilds itself and that are not carried along.
+        as_published: whether they are in a layout that transformers converts when it loads, such as experts by themselves.
     """
 
     name: str
@@ -64,6 +52,7 @@ class Donor:
     model_class: type[PreTrainedModel]
     tensors: Checkpoint | StateDict
     dropped: frozenset[str]
+    as_published: bool
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:
@@ -79,11 +68,6 @@ class Donor:
     def num_key_value_heads(self) -> list[int]:
         """Of each attention: without an encoder, of each layer."""
         return key_value_heads(self.family, self.layout, self.config)
-
-    @property
-    def cached_key_value_heads(self) -> list[int]:
-        """Of each attention but an encoder's below a decoder, which caches nothing."""
-        return [n for site, n in zip(self.sites, self.num_key_value_heads, strict=True) if site.kind != ENCODER]
 
     @property
     def has_head_norms(self) -> bool:
@@ -119,7 +103,7 @@ def open_donor(
     Raises:
         Refusal: anything missing, unreadable, contradictory, quantized, pickled, or of an unknown family.
     """
-    folder, commit = _locate(str(name_or_path), revision)
+    folder, commit = locate(str(name_or_path), revision)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
     composite, model_type = composite_of(raw, str(folder / "config.json"))
@@ -138,21 +122,13 @@ def open_donor(
                 f"something else. Use --weights-only to convert its tensors as this hf_gqa understands them."
             )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
+    if composite is None:
+        check_flags(raw, type(config), str(folder / "config.json"))
     model_class = _model_class(raw, config, family, folder / "config.json")
     donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder), composite)
     if ships_code(raw, family) and trust_remote_code:
         _compare_with_own_code(donor)
     return donor
-
-
-def carry_files(folder: Path, destination: Path) -> None:
-    """Copy what goes with a donor's weights into its student: tokenizer, generation settings, licence."""
-    for pattern in CARRIED_FILES:
-        for source in sorted(folder.glob(pattern)):
-            if source.is_file() and source.suffix not in (".py", ".safetensors"):
-                copy = destination / source.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, copy)
 
 
 def ships_code(raw_config: dict, family: Family) -> bool:
@@ -187,37 +163,6 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
         )
     return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state), composite)
-
-
-def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of a donor, and the commit if it came from the Hub."""
-    path = Path(os.path.expanduser(name_or_path))
-    if path.is_dir() and revision is not None:
-        raise Refusal(f"{path}: is a folder, which has no revision '{revision}'. Leave --revision out.")
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise Refusal(f"{path}: the folder is empty. Give a folder with config.json and safetensors weights.")
-        return path, None
-    if path.exists():
-        raise Refusal(f"{path}: is a file. Give the folder that holds config.json and the weights.")
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise Refusal(f"{path}: no such folder. Give a folder with config.json and safetensors weights.")
-    try:
-        folder = Path(
-            snapshot_download(
-                name_or_path,
-                revision=revision,
-                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, "*.py"],
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Refusal(
-            f"{name_or_path}: neither a folder here nor a repository that could be fetched ({type(error).__name__}: "
-            f"{reason}). Check the spelling, your access, and HF_HUB_OFFLINE."
-        ) from None
-    return folder, folder.name
 
 
 def _read_config(path: Path) -> dict:
@@ -289,7 +234,7 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
     check_is_whole(where, model, family)
-    dropped = check_tensors(where, model, family, composite, tensors)
+    dropped, as_published = check_tensors(where, model, family, composite, tensors)
     return Donor(
         name=name,
         folder=folder,
@@ -303,6 +248,7 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         model_class=model_class,
         tensors=tensors,
         dropped=dropped,
+        as_published=as_published,
     )
 
 

@@ -12,7 +12,7 @@ from ..refusal import Refusal
 from ..registry import Registry
 from ..runtime import planned_model
 from ..runtime.attention_layout import AttentionLayout
-from .unsupported import reason_against
+from .unsupported import reason_against, unknown_flag
 
 
 FAMILIES = Registry("hf_gqa.runtime", "family", "DONOR_LAYOUT", prefix="modeling_gqa_")
@@ -50,7 +50,7 @@ class Family:
 
     @property
     def native_config_class(self) -> type[PretrainedConfig]:
-        return CONFIG_MAPPING[self.model_type]
+        return native_config_class(self.model_type)
 
     def own_name(self, name: str) -> str:
         """What a tensor of a native checkpoint is called in our own class."""
@@ -115,6 +115,22 @@ def family_of(model_type: str, where: str) -> Family:
     if name not in known:
         raise Refusal(f"{where}: model_type = {model_type!r} {reason_against(name, known)}")
     return load_family(name)
+
+
+def check_flags(raw_config: dict, config_class: type[PretrainedConfig], where: str) -> None:
+    """Raises Refusal for a variant of a family whose attention the native class does not compute."""
+    flag = unknown_flag(raw_config, config_class)
+    if flag is not None:
+        having = [name for name in FAMILIES.names() if unknown_flag({flag: True}, native_config_class(name)) is None]
+        nearest = f" Families that have it: {', '.join(having)}." if having else ""
+        raise Refusal(
+            f"{where}: {flag} = {raw_config[flag]!r} changes attention, and transformers' '{config_class.model_type}' has no "
+            f"such field: it would ignore it. Use the class that the donor was trained with.{nearest}"
+        )
+
+
+def native_config_class(model_type: str) -> type[PretrainedConfig]:
+    return CONFIG_MAPPING[model_type]
 
 
 def is_encoder(model_type: str) -> bool:

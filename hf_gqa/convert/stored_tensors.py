@@ -18,8 +18,10 @@ REBUILT_BUFFERS = (
 
 def check_tensors(
     where: str, model: PreTrainedModel, family: Family, composite: Composite | None, tensors: Checkpoint | StateDict
-) -> frozenset[str]:
-    """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
+) -> tuple[frozenset[str], bool]:
+    """Compare what is stored with what `model` (without values) has.
+
+    Returns the stored tensors that it rebuilds itself, and whether the others are as published and not as in the class.
 
     A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and in the layout of
     the class or in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
@@ -58,7 +60,7 @@ def check_tensors(
     for name, shape in expected.items():
         if name in stored:
             _check_tensor(where, stored[name], shape, tensors)
-    return frozenset(stored[name] for name in extra)
+    return frozenset(stored[name] for name in extra), expected.keys() != layouts[0].keys()
 
 
 def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkpoint | StateDict) -> None:

@@ -83,12 +83,17 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
         check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
     except ValueError as error:
         raise Refusal(str(error)) from None
+    _check_shared_init(plan, rows)
     if not donor.layout.passes_keywords and any(row.borrows_states for row in rows):
         raise Refusal(
-            f"'{donor.name}': the blocks of a {donor.family.model_type} pass on nothing that one layer could lend to another. "
-            f"Use sharing = albert, which shares weights only, or own."
+            f"sharing = {plan.sharing}: layers of a {donor.layout.model_type} cannot lend each other queries, keys or values, "
+            f"for its blocks hand nothing on to attention. Tie weights instead (albert, albert_attention)."
         )
-    _check_shared_init(plan, rows)
+    if donor.as_published and any(row.parameters_from is not None and row.tied != "attention" for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: ties feed-forwards, and '{donor.name}' stores its experts one by one, under names that "
+            f"its class does not have. Use albert_attention, or convert the loaded model (hf_gqa.convert)."
+        )
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
     if observing and any(row.borrows for row in rows):
         raise Refusal(

@@ -12,6 +12,7 @@ from ..convert.families import FAMILIES, Family, load_family
 from ..convert.relatives import RELATIVES
 from ..methods import METHODS
 from ..runtime.attention_layout import AttentionLayout
+from ..sharing import SHARINGS
 
 
 COLUMNS = {
@@ -40,7 +41,7 @@ def support_row(name: str) -> dict[str, str]:
         "export": export_in_words(family),
         "heads": ", ".join(head.removeprefix("AutoModelFor") for head in family.head_classes) or "none",
         "methods": methods_in_words(layout),
-        "sharing": "all" if layout.passes_keywords else "tied parameters",
+        "sharing": sharing_in_words(layout),
     }
 
 
@@ -75,6 +76,12 @@ def methods_in_words(layout: AttentionLayout) -> str:
         return "all"
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), needs, False)]
     return f"all but {', '.join(f'`{name}`' for name in defeated)}" + if_switched(layout)
+
+
+def sharing_in_words(layout: AttentionLayout) -> str:
+    """Patterns are rows, which planned attention follows in every family whose blocks let it."""
+    lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), (1, 1)))]
+    return "all" if layout.passes_keywords else f"all but {', '.join(f'`{name}`' for name in lending)}"
 
 
 def families_table() -> str:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..convert.calibration import Calibration, calibrated, text_record
-from ..convert.donor import Donor, carry_files, open_donor
+from ..convert.donor import Donor, open_donor
+from ..convert.donor_folder import carry_files
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
 from ..convert.surgery import converted_shards

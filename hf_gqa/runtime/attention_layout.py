@@ -33,8 +33,8 @@ class AttentionLayout:
             has as many KV heads as query heads whatever its configuration says.
         plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
             a method can compute them.
-        passes_keywords: whether blocks hand keywords that they do not know to their attention; layers cannot share
-            states otherwise.
+        passes_keywords: whether blocks hand keywords that they do not know on to their attention, without which layers cannot
+            lend each other queries, keys and values.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
         cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
