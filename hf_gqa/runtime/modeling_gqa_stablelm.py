@@ -26,7 +26,7 @@ DONOR_LAYOUT = AttentionLayout(
     norm_weights="per_head",
     norm_list="norms",
     rotary="halves",
-    lends=False,
+    passes_keywords=False,
     position="RoPE in part of each head",
 )
 
