@@ -61,6 +61,12 @@ SPECIAL = {
         "query_pre_attn_scalar": 7,
         "attn_logit_softcapping": 2.0,
     },
+    "smollm3": {
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "granite": {
         "attention_multiplier": 0.3,
