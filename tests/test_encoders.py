@@ -55,7 +55,7 @@ def test_bert_as_a_decoder_is_refused(changes):
 def test_language_model_head_of_an_encoder_is_refused_with_those_that_are_known():
     donor = tiny_donor("bert", auto_class="AutoModelForCausalLM")
     with pytest.raises(
-        Refusal, match="BertLMHeadModel cannot become a bundle.* Use a donor of class BertForMaskedLM, "
+        Refusal, match=r"BertLMHeadModel cannot become a bundle.* Use a donor of class BertForMaskedLM, "
     ):
         convert(donor, num_key_value_heads=2)
 
@@ -104,7 +104,7 @@ def test_fit_of_queries_sees_what_comes_after_a_token(model_type):
     model = tiny_donor(model_type)
     run = LayerRun(model, donor_from_model(model).layout, ROWS)
     if model_type == "modernbert":
-        with pytest.raises(Refusal, match="does not show how it scales its scores.* Leave refit_queries out"):
+        with pytest.raises(Refusal, match=r"does not show how it scales its scores.* Leave refit_queries out"):
             run.attention_arguments(0, 0, None)
     else:
         assert not run.attention_arguments(0, 0, None)["mask_BHLS"].any()

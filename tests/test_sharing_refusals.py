@@ -260,3 +260,11 @@ def test_commands_share(tmp_path):
     assert weights[0] == weights[1]
     result = run_cli("verify", tmp_path / "one", "--donor", donor)
     assert result.exit_code == 0, result.output
+
+
+def test_family_whose_blocks_hand_nothing_on_shares_weights_only():
+    with pytest.raises(
+        Refusal,
+        match=r"layers of a stablelm cannot lend each other queries, .* Tie weights instead \(albert, albert_attention\)\.",
+    ):
+        convert(deep_donor("stablelm"), sharing="echo", share_every=2)

@@ -123,8 +123,8 @@ def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
         raise Refusal(
             f"calibration: got {tokens_NL.dtype} of shape {list(tokens_NL.shape)}. Give rows of token ids, [rows, tokens]."
         )
-    longest, vocabulary = donor.config.max_position_embeddings, donor.config.vocab_size
-    if tokens_NL.shape[1] > longest:
+    longest, vocabulary = donor.longest_tokens, donor.config.vocab_size
+    if longest is not None and tokens_NL.shape[1] > longest:
         raise Refusal(
             f"calibration: rows of {tokens_NL.shape[1]:,} tokens are longer than max_position_embeddings = {longest:,} of "
             f"'{donor.name}'. Give shorter rows."

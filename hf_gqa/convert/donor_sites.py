@@ -8,25 +8,26 @@ from ..runtime.attention_sites import ENCODER, attention_sites
 from .families import Family
 
 
-def key_value_heads(layout: AttentionLayout, config: PretrainedConfig) -> list[int]:
+def key_value_heads(family: Family, layout: AttentionLayout, config: PretrainedConfig) -> list[int]:
     """Of each of the sites."""
     plan = getattr(config, "layer_plan", None)
     if plan is not None:
         return [row["num_key_value_heads"] for row in plan]
-    if layout.key_value_heads_field is None:
+    if layout.cross_attention is not None:
         return [site.num_attention_heads for site in attention_sites(layout, config)]
-    return [getattr(config, layout.key_value_heads_field)] * getattr(config, layout.num_layers_field)
+    return [family.native_key_value_heads(config)] * getattr(config, layout.num_layers_field)
 
 
-def decoder_key_value_heads(layout: AttentionLayout, config: PretrainedConfig) -> list[int]:
+def decoder_key_value_heads(family: Family, layout: AttentionLayout, config: PretrainedConfig) -> list[int]:
     """Of each of the sites but those of an encoder below a decoder."""
-    pairs = zip(attention_sites(layout, config), key_value_heads(layout, config), strict=True)
+    pairs = zip(attention_sites(layout, config), key_value_heads(family, layout, config), strict=True)
     return [heads for site, heads in pairs if site.kind != ENCODER]
 
 
-def check_heads(where: str, config: PretrainedConfig, layout: AttentionLayout) -> None:
+def check_heads(where: str, config: PretrainedConfig, family: Family, layout: AttentionLayout) -> None:
     """Refuse KV heads that query heads cannot share evenly."""
-    for site, heads in zip(attention_sites(layout, config), key_value_heads(layout, config), strict=True):
+    counts = key_value_heads(family, layout, config)
+    for site, heads in zip(attention_sites(layout, config), counts, strict=True):
         if heads < 1 or site.num_attention_heads % heads:
             raise Refusal(
                 f"{where}: {heads} KV heads do not divide num_attention_heads = {site.num_attention_heads}, so no model "

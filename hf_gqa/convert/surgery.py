@@ -59,12 +59,12 @@ def converted_shards(
 def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
     """Yield the number of each row and the heads that it is about, as the donor has them."""
     names = {name for shard in donor.tensors.shards.values() for name in shard}
-    places = _head_tensors(donor)
+    places = head_tensors(donor)
     for row_idx, path in sorted({places[name] for name in names & places.keys()}):
         yield row_idx, _read_row(donor, row_idx, path, names)
 
 
-def _head_tensors(donor: Donor) -> dict[str, tuple[int, str]]:
+def head_tensors(donor: Donor) -> dict[str, tuple[int, str]]:
     """Full name of every tensor that can hold heads -> (number of its row, path of its attention)."""
     paths = (lambda path: [path]) if donor.composite is None else donor.composite.stored_paths
     return {
@@ -111,7 +111,7 @@ class _Surgery:
         self.donor, self.plan, self.target = donor, plan, target
         self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
-        self.places = _head_tensors(donor)
+        self.places = head_tensors(donor)
         self.prefix = f"{donor.model_class.base_model_prefix}."
         self.borrowed = borrowed_pattern(target.rows, target.layout)
         self.tied = tied_parameters(target)
@@ -123,7 +123,7 @@ class _Surgery:
         if name not in self.places:
             if self.gone(name):
                 return {}
-            return {name: self.target.passed_through(name, self.passed_through(name))}
+            return {self.student_name(name): self.target.passed_through(name, self.passed_through(name))}
         row_idx, attention = self.places[name]
         begins = row_idx not in self.waiting
         if begins:
@@ -131,6 +131,13 @@ class _Surgery:
         waiting = self.waiting[row_idx]
         here = [new for new in waiting if new == name or (begins and new not in self.names)]
         return {new: waiting.pop(new) for new in here}
+
+    def student_name(self, name: str) -> str:
+        """Of a tensor outside attention: as our own class calls it, or as native checkpoints store it."""
+        family = self.donor.family
+        if self.target.export == "bundle":
+            return family.own_name(name)
+        return family.stored_names.get(name, name)
 
     def converted_row(self, row_idx: int, attention: str) -> dict[str, torch.Tensor]:
         heads = self.converted.get(row_idx)

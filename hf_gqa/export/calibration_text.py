@@ -71,7 +71,7 @@ def make_calibration(
         )
     model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
-    length = min(MOST_ROW_TOKENS, donor.config.max_position_embeddings)
+    length = min(MOST_ROW_TOKENS, donor.longest_tokens or MOST_ROW_TOKENS)
     if files or dataset:
         source = dataset or TextSource(train_file=tuple(map(str, files)))
         rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)

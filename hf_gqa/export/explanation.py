@@ -17,6 +17,7 @@ from ..convert.cache_bytes_by_kind import cache_bytes_by_kind
 from ..convert.donor import Donor
 from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
+from ..convert.surgery import head_tensors
 from ..convert.target import Target
 from ..human_units import human_bytes, human_count
 from ..methods import method_kind
@@ -171,8 +172,15 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, a
 
 
 def _has_bias(donor: Donor, projection: str) -> bool:
-    ending = f".{donor.layout.fused or projection}.bias"
-    return any(name.endswith(ending) for names in donor.tensors.shards.values() for name in names)
+    return bool(_tensors_of(donor, f"{projection}.bias"))
+
+
+def _tensors_of(donor: Donor, name: str) -> list[str]:
+    """The head tensors of this name, or the fused ones of its kind; other towers of a composite have keys too."""
+    projection, _, kind = name.rpartition(".")
+    ending, heads = f".{donor.layout.fused or projection}.{kind}", head_tensors(donor)
+    stored = (name for shard in donor.tensors.shards.values() for name in shard)
+    return [name for name in stored if name.endswith(ending) and name in heads]
 
 
 def _has_own_norms(donor: Donor) -> bool:
@@ -182,7 +190,4 @@ def _has_own_norms(donor: Donor) -> bool:
 
 def stored_dtype(donor: Donor) -> torch.dtype:
     """Of the keys, which is the cache's."""
-    ending = f".{donor.layout.fused or donor.layout.key}.weight"
-    return next(
-        donor.tensors.dtype(name) for names in donor.tensors.shards.values() for name in names if name.endswith(ending)
-    )
+    return donor.tensors.dtype(_tensors_of(donor, f"{donor.layout.key}.weight")[0])

@@ -12,12 +12,14 @@ from .support_table import support_row
 def inspect_donor(donor: Donor) -> dict:
     """The donor's numbers, and for each legal head count what the student would be and why."""
     before = facts(donor)
-    fewer, more = legal_targets(donor.num_attention_heads, min(decoder_key_value_heads(donor.layout, donor.config)))
+    fewer, more = legal_targets(
+        donor.num_attention_heads, min(decoder_key_value_heads(donor.family, donor.layout, donor.config))
+    )
     targets, impossible = [], []
     for heads in reversed([*fewer, *more]):
         kind = (
             "keep"
-            if {heads} == set(decoder_key_value_heads(donor.layout, donor.config))
+            if {heads} == set(decoder_key_value_heads(donor.family, donor.layout, donor.config))
             else "expand"
             if heads in more
             else "reduce"

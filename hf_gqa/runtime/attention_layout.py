@@ -13,8 +13,11 @@ class AttentionLayout:
         query, key, value, output: names of the projections below `attention`.
         inner: name below `attention` of the module that projects queries, keys and values and mixes them, where the
             output projection stands beside it; None where `attention` is that module.
-        fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
-            `key` and `value` are not names of tensors on disk.
+        fused: name of the one projection that holds query, key and value rows, or None. Then `query`, `key` and
+            `value` are not names of tensors on disk.
+        fused_order: what comes after what in each block of a fused projection.
+        fused_blocks: blocks of a fused projection, each with its share of the heads; None for one block per KV head,
+            which holds the query heads that read it.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
         query_norm, key_norm: names of the norms on queries and on keys, or None.
         norm_switch: the configuration field that says whether there are such norms; None: there always are.
@@ -28,6 +31,10 @@ class AttentionLayout:
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
+        plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
+            a method can compute them.
+        passes_keywords: whether blocks hand keywords that they do not know on to their attention, without which layers cannot
+            lend each other queries, keys and values.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
         cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
@@ -45,6 +52,8 @@ class AttentionLayout:
     output: str = "o_proj"
     inner: str | None = None
     fused: str | None = None
+    fused_order: tuple[str, str, str] = ("query", "key", "value")
+    fused_blocks: int | None = 1
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
@@ -55,6 +64,8 @@ class AttentionLayout:
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
+    plain_scores: bool = True
+    passes_keywords: bool = True
     bidirectional: bool = False
     position: str
     cross_attention: str | None = None
@@ -83,6 +94,8 @@ class AttentionLayout:
             key=f"{below}k_proj",
             value=f"{below}v_proj",
             fused=None,
+            fused_order=("query", "key", "value"),
+            fused_blocks=1,
             transposed=self.transposed - {self.fused},
             key_value_heads_field="num_key_value_heads",
         )

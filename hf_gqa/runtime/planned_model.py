@@ -58,6 +58,10 @@ class GroupedByDefault:
 
     default_attention: str
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # not what transformers found, and keeps on the class, for a native class that we extend
+
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
         if requested_attention in (None, self.default_attention):  # also where the native class has no sdpa
             return self.default_attention
@@ -139,6 +143,16 @@ class PlannedHead(GroupedByDefault):
         left_out = {"add_pooling_layer": False} if getattr(native, "pooler", native) is None else {}
         setattr(self, self.base_model_prefix, self.model_class(config, **left_out))
         self.post_init()
+
+
+class BuiltEagerly:
+    """Mixin before `PlannedModel` and `PlannedHead` where the native class knows few attention implementations by name."""
+
+    def __init__(self, config):
+        wanted = config._attn_implementation
+        config._attn_implementation = "eager"
+        super().__init__(config)
+        config._attn_implementation = self.get_correct_attn_implementation(wanted)
 
 
 def own_class(module, mixin: type) -> type:

@@ -260,7 +260,7 @@ def unknown(donor: Donor, wanted: Wanted, chosen: Option | None, sweep: SweepTab
         )
     elif chosen is not None and not chosen.keeps and chosen.tried is None:
         said.append(f"The sweep did not try {chosen.num_key_value_heads} heads, so their cost is not known.")
-    longest = getattr(donor.config, "max_position_embeddings", None)
+    longest = donor.longest_tokens
     if longest and wanted.context_tokens > longest:
         said.append(
             f"The donor has positions for {longest:,} tokens; {wanted.context_tokens:,} need a longer model first."
