@@ -37,6 +37,7 @@ def inspect_donor(donor: Donor) -> dict:
                 "kind": kind,
                 "cache_bytes_per_token": after["cache_bytes_per_token"],
                 "cache_bytes_per_token_beyond_window": after["cache_bytes_per_token_beyond_window"],
+                **{n: v for n, v in after.items() if n == "cache_bytes_per_encoder_token"},
                 "key_value_bytes_per_token": after["key_value_bytes_per_token"],
                 "cache_fraction": _fraction(after, before, "cache_bytes_per_token"),
                 "key_value_fraction": _fraction(after, before, "key_value_bytes_per_token"),
