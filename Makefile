@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all test-fast test-slow test-oldest quality wheel clean
+.PHONY: demo test test-all test-fast test-slow test-oldest quality families wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,10 @@ test-fast: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+# The tables of families in docs/ and README, from the code; a test fails while they differ.
+families: $(VENV)/ready
+	$(BIN)/python -m hf_gqa.export.support_table
 
 wheel: $(VENV)/ready
 	rm -rf dist

@@ -10,7 +10,7 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.export.sharing_oracle import share_layers
 from hf_gqa.runtime.layer_plan import read_rows
 
-from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, NUM_LAYERS, SPECIAL, tiny_donor
+from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, NUM_LAYERS, SPECIAL, tiny_donor, use_attention
 
 
 DEPTH = 6  # of two attention types in turn, where the family has two
@@ -45,12 +45,12 @@ def deep_donor(model_type: str, **changes) -> PreTrainedModel:
         for name, value in SPECIAL.get(model_type, {}).items()
         if isinstance(value, list) and len(value) == NUM_LAYERS
     }
-    return tiny_donor(model_type, num_hidden_layers=DEPTH, **per_layer | changes)
+    return tiny_donor(model_type, **{"num_hidden_layers": DEPTH} | per_layer | changes)
 
 
 def sharing_student(model_type: str, plan: str, attention: str = "sdpa", **changes) -> PreTrainedModel:
     student = _student(model_type, plan, **changes)
-    student.set_attn_implementation(attention)
+    use_attention(student, attention)
     student.zero_grad()
     return student.eval()
 
@@ -71,5 +71,5 @@ def oracle_of(model_type: str, plan: str, attention: str = "sdpa", **changes) ->
         donor = convert(merged, num_key_value_heads=NUM_ATTENTION_HEADS, method="expand")
     opened = donor_from_model(donor)
     share_layers(donor, opened.layout, rows, opened.head_dim, PLANS[plan].get("shared_init", "own"))
-    donor.set_attn_implementation(attention)
+    use_attention(donor, attention)
     return donor

@@ -1,6 +1,6 @@
 """The solver against every sharing that there is; EchoAtt's selection against cases worked out by hand."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_solver_finds_the_cheapest_for_every_amount(seed):
 def test_choices_are_a_front():
     found = cheapest_choices(*random_problem(3))
     assert found[0].owners == {} and found[0].cost == 0
-    assert all(less.saved < more.saved and less.cost < more.cost for less, more in zip(found, found[1:], strict=False))
+    assert all(less.saved < more.saved and less.cost < more.cost for less, more in pairwise(found))
 
 
 def test_greedy_is_a_baseline_that_the_exact_choice_beats():

@@ -16,13 +16,14 @@ import hf_gqa.runtime
 from hf_gqa import convert, convert_checkpoint
 from hf_gqa.convert.families import load_family
 
+from .sharing_students import sharing_student
 from .test_conformance import assert_same_tensors, every_family
 from .test_runtime import uneven_student
 from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask
 
 
 RUNTIME_FOLDER = Path(hf_gqa.runtime.__file__).parent
-SOURCES = ("written", "saved", "uneven")
+SOURCES = ("written", "saved", "uneven", "shared")
 HOPS = 3
 
 # Argument: JSON with `jobs`, a list of [folder, folder to save to, file for outputs], and `report`, the file that takes
@@ -121,6 +122,8 @@ def students(tmp_path_factory) -> dict:
         student.save_pretrained(work / f"{model_type}-saved")
         uneven = uneven_student(model_type)
         uneven.save_pretrained(work / f"{model_type}-uneven")
+        found[f"{model_type}-shared"] = shared = sharing_student(model_type, "mixed")
+        shared.save_pretrained(work / f"{model_type}-shared")
         found |= {f"{model_type}-{source}": student for source in ("written", "saved")}
         found[f"{model_type}-uneven"] = uneven
     return {"work": work, "models": found}

@@ -133,7 +133,7 @@ def test_bundle_survives_three_hops_without_hf_gqa(model_type, auto_class, hoppe
     expected = outputs_of(student, padded=True)
     assert len(outputs) == len(expected)
     for number, tensor in enumerate(expected):
-        assert torch.equal(outputs[str(number)], tensor)
+        assert_close_for_float32(outputs[str(number)], tensor)  # the other process may use other threads
     auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
     family = load_family(model_type)
     ours = {"AutoConfig": family.config_class, "AutoModel": family.base_class, **family.head_classes}

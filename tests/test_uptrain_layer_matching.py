@@ -60,14 +60,9 @@ def record_teacher(layers: LayerOutputs, teacher, inputs: dict) -> None:
         teacher(**inputs)
 
 
-@every_family
-@every_export
-@every_attention
-@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_attention_alone_equals_the_whole_forced_pass(model_type, export, attention, padded):
-    student, teacher = pair(model_type, export, attention=attention)
+def assert_alone_equals_whole(student, teacher, inputs: dict) -> None:
+    """Attention modules run one by one, and within a forced pass: the same outputs and gradients."""
     ours, theirs = LayerOutputs(student), LayerOutputs(teacher)
-    inputs = inputs_of(padded)
     record_teacher(theirs, teacher, inputs)
     outputs, gradients = [], []
     for run in ("alone", "whole"):
@@ -82,6 +77,23 @@ def test_attention_alone_equals_the_whole_forced_pass(model_type, export, attent
     assert_close(*outputs)
     assert_close(*gradients)
     assert len(outputs[0]) == NUM_LAYERS and all(".attn." in name or ".self_attn." in name for name in gradients[0])
+
+
+@every_family
+@every_export
+@every_attention
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_attention_alone_equals_the_whole_forced_pass(model_type, export, attention, padded):
+    student, teacher = pair(model_type, export, attention=attention)
+    assert_alone_equals_whole(student, teacher, inputs_of(padded))
+
+
+@pytest.mark.parametrize("sharing", ["echo", "cross_layer_kv"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_attention_alone_borrows_too(model_type, sharing):
+    teacher = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, 0.0)).requires_grad_(False)
+    student = convert(teacher, sharing=sharing, shared_layers=[1]).requires_grad_(True)
+    assert_alone_equals_whole(student, teacher, inputs_of(True))
 
 
 def by_hand(model, inputs: dict) -> tuple[dict, dict, dict]:

@@ -184,13 +184,43 @@ def test_another_donor_fails(tmp_path, student, model_type, changes):
     assert code == 1 and DONOR in failed(outcomes) and "another SHA-256" in details
 
 
+LAYERS = {"layer_plan": ({"num_key_value_heads": 2}, {"num_key_value_heads": 1})}
+ROWS = torch.arange(3, 99).reshape(4, 24)
+
+
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, LAYERS], ids=["uniform", "per_layer"])
+@pytest.mark.parametrize(
+    ("method", "text"), [("random_init", None), ("group,low_rank", None), ("group,fold,refit", ROWS)]
+)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:calibration. 96 tokens")
+def test_methods_other_than_means_have_an_oracle_too(originals, tmp_path, model_type, method, text, heads):
+    """Merged again where no text was looked at: then a changed head is found out; other tensors always are."""
+    donor, folder = originals / model_type, tmp_path / "student"
+    convert_checkpoint(donor, folder, method=method, calibration=text, **heads)
+    code, outcomes, details = check(folder, "--donor", donor)
+    assert code == 0 and outcomes[ORACLE] is True, details
+    assert ("heads merged again" if text is None else "the student's own heads") in details
+    tensors = load_file(folder / "model.safetensors")
+    key = next(name for name in tensors if "k_proj.weight" in name)
+    save_file(tensors | {key: tensors[key] * 1.5}, folder / "model.safetensors", metadata={"format": "pt"})
+    _, outcomes, _ = check(folder, "--donor", donor)
+    assert outcomes[ORACLE] is (text is not None)
+    mlp = next(name for name in tensors if "mlp" in name)
+    save_file(tensors | {mlp: tensors[mlp] * 1.5}, folder / "model.safetensors", metadata={"format": "pt"})
+    _, outcomes, _ = check(folder, "--donor", donor)
+    assert outcomes[ORACLE] is False
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.filterwarnings("ignore:calibration. 96 tokens")
 def test_student_without_an_oracle_passes_but_says_so(originals, tmp_path):
     folder = tmp_path / "student"
-    convert_checkpoint(originals / "llama", folder, num_key_value_heads=2, method="random_init")
-    code, outcomes, details = check(folder, "--donor", originals / "llama")
+    convert_checkpoint(originals / "gpt2", folder, num_key_value_heads=1, method="fold", calibration=ROWS)
+    code, outcomes, details = check(folder, "--donor", originals / "gpt2")
     assert code == 0 and outcomes[ORACLE] is None and outcomes[DONOR] is True
-    assert "no oracle for the method random_init" in details
+    assert "the student's heads cannot be read: " in details and "gpt_bigcode" in details
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -64,7 +64,7 @@ class Analysis:
 
     def _load(self) -> PreTrainedModel:
         dtype = "auto" if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
-        model = self.donor.model_class.from_pretrained(self.donor.folder, config=self.donor.config, dtype=dtype)
+        model = self.donor.model_class.from_pretrained(self.donor.folder, config=self.donor.model_config, dtype=dtype)
         return model.eval().requires_grad_(False).to(device_of(self.recipe.device))
 
     @property
@@ -84,7 +84,7 @@ class Analysis:
         """What will be run, before it is; one row is read for it, twice."""
         layers = len(self.kinds)
         rows = len(self.samples_NT) + (1 + len(self.pairs)) * len(self.to_choose_NT)
-        most = rows + (1 + 3 * (layers - 1) + 1) * len(self.to_check_NT)
+        most = rows + (1 + 3 * (layers - 1) + 2) * len(self.to_check_NT)  # three choosers, the paper's blocks, the plan
         return {
             "donor": self.donor.name,
             "sharing": self.recipe.sharing,

@@ -111,7 +111,8 @@ def measure_sharings(
             donor_BTV = model(tokens_BT, use_cache=False).logits
             for sharing, rows in zip(sharings, found, strict=True):
                 owners, borrowed = sharing.owners, BORROWED[sharing.pattern]
-                rows.append(_scores_of_rows(donor_BTV, model(tokens_BT, use_cache=False).logits, tokens_BT))
+                shared_BTV = model(tokens_BT, use_cache=False).logits if owners else donor_BTV
+                rows.append(_scores_of_rows(donor_BTV, shared_BTV, tokens_BT))
                 calls.clear()
                 seen(len(tokens_BT))
     return [_joined(rows, tokens_NT.shape[1] - 1) for rows in found]

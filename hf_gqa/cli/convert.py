@@ -5,10 +5,11 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
 from ..convert.plan import EXPORTS
 from ..convert.target import choose_target
-from ..export.calibration_text import DEFAULT_TOKENS, SAVED, make_calibration
+from ..export.calibration_text import DEFAULT_TOKENS, SAVED, dataset_source, make_calibration
 from ..export.explanation import Explanation, explain
 from ..export.write_student import convert_checkpoint
 from ..human_units import human_bytes, human_count
@@ -16,7 +17,16 @@ from ..methods import METHODS
 from ..refusal import Refusal
 from ..staging import check_output
 from ..workflow.search_plan import FoundPlan
-from .options import CalibrationFiles, CalibrationTokens, Json, Revision, SaveCalibration, TrustRemoteCode, WeightsOnly
+from .options import (
+    CalibrationDataset,
+    CalibrationFiles,
+    CalibrationTokens,
+    Json,
+    Revision,
+    SaveCalibration,
+    TrustRemoteCode,
+    WeightsOnly,
+)
 from .plan_options import PlanFile, SharedInit, SharedLayers, ShareEvery, Sharing, asked_plan, parsed_layers, read_plan
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
@@ -43,6 +53,7 @@ def convert(
     cache_budget: CacheBudget = None,
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
     calibration: CalibrationFiles = None,
+    calibration_dataset: CalibrationDataset = None,
     calibration_tokens: CalibrationTokens = None,
     save_calibration: SaveCalibration = None,
     revision: Revision = None,
@@ -73,7 +84,8 @@ def convert(
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
-        text, known, found = (calibration or [], calibration_tokens, seed, save_calibration), None, None
+        text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
+        known = found = None
         if wanted is not None:
             known = _calibration(opened, *text)
             found = wanted.search(opened, known)
@@ -86,21 +98,25 @@ def convert(
             known = known or _calibration(opened, *text)
             convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     if json:
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run, "choice": choice})
+        said = {} if choice is None else {"choice": choice}
+        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run} | said)
     elif dry_run:
         console().print("Nothing was written (--dry-run).")
     else:
         console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
 
 
-def _calibration(donor: Donor, files: list[str], tokens: int | None, seed: int, save: Path | None):
+def _calibration(
+    donor: Donor, files: list[str], dataset: str | None, tokens: int | None, seed: int, save: Path | None
+) -> Calibration | None:
     if save is not None and save.suffix != SAVED:
         raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
-    if not files and tokens is None:
+    if not files and dataset is None and tokens is None:
         if save is not None:
             raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
         return None
-    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed)
+    source = None if dataset is None else dataset_source(dataset)
+    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed, source)
     if save is not None:
         made.write(save)
     return made

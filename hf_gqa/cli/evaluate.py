@@ -18,15 +18,18 @@ from .report_tables import print_report
 
 
 HELP = {
-    "text": "Text never trained on: .txt, .jsonl, .parquet, or folders of them; repeatable.",
+    "text": "Text never trained on: .txt, .jsonl, .parquet, or folders of them; repeatable. For encoder-decoders, rows with "
+    "a source and a target.",
     "dataset_name": "Text: a dataset on the Hub or in a folder.",
     "dataset_config_name": "Its configuration.",
     "dataset_split": "Its split; 'test' if not said.",
     "text_column": "Column to read; 'text', else 'messages', if not said.",
+    "source_column": "Of an encoder-decoder's text: text, or a list of texts to be joined; 'source' if not said.",
+    "target_column": "Of it: text, or a list of references; 'target' if not said.",
     "streaming": "Read the dataset as it comes.",
     "sampled_tokens": "No text at all: the donor writes so many tokens.",
     "max_tokens": "Score only so many tokens; all if not said.",
-    "context_length": "Most tokens before a prediction; what the models take, up to 2048, if not said.",
+    "context_length": "Most tokens before a prediction, or of a source; what the models take, up to 2048, if not said.",
     "stride": "Tokens scored in each further window; the context length if not said.",
     "batch_size": "Windows at once.",
     "dtype": f"To compute in, and of the cache: {', '.join(DTYPES)} (auto: the donor's).",
@@ -49,6 +52,9 @@ HELP = {
     "memory": "For which the context that fits is computed; 24GB if not said; repeatable.",
     "prompts": "To continue; some from the text if not said; repeatable.",
     "continuation_tokens": "How long the continuations are.",
+    "rouge_pairs": "Sources of an encoder-decoder that targets are written for; all if not said, 0 for none.",
+    "num_beams": "With which they are written; 1, greedy decoding, if not said.",
+    "generation_tokens": "Most tokens of what is written; 128 if not said.",
 }
 
 
@@ -68,7 +74,8 @@ def evaluate(
 ) -> None:
     """Measure STUDENT against its donor: quality with intervals, recall, tasks, cache, memory and speed.
 
-    Both read the same text, which should be text that neither was trained on.
+    Both read the same text, which should be text that neither was trained on. Encoder-decoders are measured on pairs, with
+    ROUGE; encoders on masked tokens and by their embeddings.
     """
     with errors_as_messages(json):
         recipe = asked.recipe()
@@ -97,6 +104,10 @@ def print_evaluation(facts: dict) -> None:
     stride = "" if facts["stride_tokens"] == facts["context_tokens"] else f", {facts['stride_tokens']:,} scored in each"
     table.add_row("windows", f"{facts['context_tokens']:,} tokens{stride}, {facts['batch_size']} at once")
     table.add_row("models", f"{facts['dtype']} on {facts['device']}")
+    if facts.get("pairs"):
+        table.add_row("pairs", f"{facts['pairs']:,}; targets are written for {facts['rouge_pairs']:,}")
+    if facts.get("masked_tokens"):
+        table.add_row("masked", f"{facts['masked_tokens']:,} tokens")
     if facts["recall_prompts_per_length"]:
         table.add_row("recall", f"{facts['recall_prompts_per_length']} prompts for each task and length")
     if facts["tasks"]:

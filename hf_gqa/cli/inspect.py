@@ -35,6 +35,7 @@ def inspect(
         f"  parameters     {human_count(found['parameters'])} ({human_bytes(found['weight_bytes'])}, {found['dtype']})"
     )
     out.print(f"  cache/token    {cache_in_words(found)}")
+    out.print(f"  family         {family_in_words(found['family'])}")
     what = "cache/token" if found["cache_bytes_per_token"] else "keys, values/token"
     table = Table("KV heads", "method", what, "of donor", "tensor parallel", "export", "because")
     for target in found["targets"]:
@@ -52,3 +53,12 @@ def inspect(
     out.print(table)
     for target in found["impossible"]:
         out.print(f"not {target['num_key_value_heads']}: {target['reason']}")
+
+
+def family_in_words(row: dict[str, str]) -> str:
+    """The row of docs/families.md, on one line."""
+    cells = {column: cell.replace("`", "") for column, cell in row.items()}
+    return (
+        f"{cells['family']}: projections {cells['projections']}; query and key norms {cells['norms']}; fewer KV heads {cells['export']}; "
+        f"bundle heads {cells['heads']}; methods {cells['methods']}; sharing {cells['sharing']}"
+    )

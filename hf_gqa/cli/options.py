@@ -22,6 +22,10 @@ CalibrationFiles = Annotated[
         "they go by the weights alone.",
     ),
 ]
+CalibrationDataset = Annotated[
+    str | None,
+    typer.Option(help="In place of --calibration: a dataset, as NAME, NAME:CONFIGURATION or NAME:CONFIGURATION:SPLIT."),
+]
 CalibrationTokens = Annotated[
     int | None,
     typer.Option(help=f"Tokens of --calibration, by default {DEFAULT_TOKENS:,}; without it, the donor writes them."),

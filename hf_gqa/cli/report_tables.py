@@ -5,9 +5,12 @@ from rich.table import Table
 from ..evaluate.page_tables import (
     Rows,
     by_context_table,
+    by_source_length_table,
     capacity_table,
+    encoding_speed_table,
     main_table,
     retrieval_table,
+    rouge_table,
     speed_table,
     tasks_table,
 )
@@ -19,9 +22,12 @@ from .printing import console
 SECTIONS = {
     "": main_table,
     "by tokens of context": by_context_table,
+    "by tokens of the source": by_source_length_table,
+    "ROUGE of what they write": rouge_table,
     "recall": retrieval_table,
     "tasks, ± standard error": tasks_table,
     "speed": speed_table,
+    "speed of reading": encoding_speed_table,
     "context that fits beside the weights": capacity_table,
 }
 

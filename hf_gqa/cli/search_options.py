@@ -54,7 +54,7 @@ class WantedSearch:
         budget_bytes = self.budget_bytes if self.share is None else int(whole * self.share + 1e-6)
         if budget_bytes is not None:
             check_budget_bytes(donor, budget_bytes)
-        model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype="auto").eval()
+        model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
         return search_plan(donor, model, calibration, budget_bytes=budget_bytes, **self.asked)
 
 

@@ -238,7 +238,12 @@ def _measured(model: PreTrainedModel, cache_class: str, num_tokens: int) -> int:
     cache = CACHE_CLASSES[cache_class].make(model.config, num_tokens)
     tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
     model(tokens, past_key_values=cache, use_cache=True)
-    stored = [tensor for layer in cache.layers for tensor in _stored_tensors(layer)]
+    return bytes_of_layers(cache.layers)
+
+
+def bytes_of_layers(layers) -> int:
+    """That the layers of a cache keep in tensors."""
+    stored = [tensor for layer in layers for tensor in _stored_tensors(layer)]
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 

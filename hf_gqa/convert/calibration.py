@@ -171,7 +171,7 @@ def calibrated(
         )
     observes = any(getattr(METHODS.get(name), "observes", False) for name in plan.method)
     if model is None and (observes or not isinstance(calibration, Calibration)):
-        model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype="auto")
+        model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto")
     if not isinstance(calibration, Calibration):
         calibration = calibrate(donor, model, calibration)
     converted = dict(_sequentially_converted(donor, model, plan, target, calibration)) if observes else {}

@@ -20,6 +20,7 @@ from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
 from .bundle_code import foreign_code
+from .composites import Composite, composite_of
 from .families import Family, family_of, native_class
 
 
@@ -42,6 +43,9 @@ class Donor:
         name: what the user called it: the repository, the folder's name, or the model's own name.
         folder: where its files are; None for a model in memory.
         revision: the commit on the Hub, if it came from there.
+        config: of the language model, which in a composite is one tower.
+        model_config: of the whole.
+        composite: what surrounds the language tower, or None.
         raw_config: `config.json` as it is on disk; None for a model in memory.
         model_class: the native or own class that its tensors belong to.
         tensors: where its tensors come from.
@@ -52,6 +56,8 @@ class Donor:
     folder: Path | None
     revision: str | None
     config: PretrainedConfig
+    model_config: PretrainedConfig
+    composite: Composite | None
     raw_config: dict | None
     family: Family
     layout: AttentionLayout
@@ -98,14 +104,15 @@ def open_donor(
     folder, commit = _locate(str(name_or_path), revision)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
-    family = family_of(raw.get("model_type"), str(folder / "config.json"))
+    composite, model_type = composite_of(raw, str(folder / "config.json"))
+    family = family_of(model_type, str(folder / "config.json"))
     if ships_code(raw, family) and not (weights_only or trust_remote_code):
         raise Refusal(
             f"{folder / 'config.json'}: 'auto_map' names code of the donor's own ({_first_value(raw['auto_map'])}), which "
             f"may compute something else than the native '{family.model_type}'. Use --weights-only to convert its "
             f"tensors as native without running that code, or --trust-remote-code to run it once and compare first."
         )
-    if raw["model_type"] != family.model_type and not weights_only:
+    if model_type != family.model_type and not weights_only:
         different = foreign_code(folder, raw)
         if different:
             raise Refusal(
@@ -114,7 +121,7 @@ def open_donor(
             )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
     model_class = _model_class(raw, config, family, folder / "config.json")
-    donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder))
+    donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder), composite)
     if ships_code(raw, family) and trust_remote_code:
         _compare_with_own_code(donor)
     return donor
@@ -147,7 +154,8 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
             f"Unwrap it first (model.module for DDP, model.merge_and_unload() for PEFT)."
         )
     where = getattr(model.config, "_name_or_path", None) or type(model).__name__
-    family = family_of(model.config.model_type, where)
+    composite, model_type = composite_of(model.config.to_dict(), where)
+    family = family_of(model_type, where)
     if getattr(model.config, "quantization_config", None) is not None:
         raise Refusal(_quantized(where))
     state = model.state_dict()
@@ -160,7 +168,7 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
             f"{where}: {type(model).__name__} is not a class of transformers or of hf_gqa; its code may compute something "
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
         )
-    return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state))
+    return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state), composite)
 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
@@ -241,8 +249,9 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
     )
 
 
-def _checked_donor(name, folder, revision, config, raw, family, model_class, tensors) -> Donor:
+def _checked_donor(name, folder, revision, model_config, raw, family, model_class, tensors, composite) -> Donor:
     where = str(folder or name)
+    config = model_config if composite is None else model_config.get_text_config()
     layout = family.layout_of(config.model_type)
     if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
         raise Refusal(
@@ -256,7 +265,7 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
                 f"of this configuration can run. Correct config.json."
             )
     try:
-        plain = copy.deepcopy(config)
+        plain = copy.deepcopy(model_config)
         plain._attn_implementation = (
             "eager"  # a loaded model may have been given one that its class does not start with
         )
@@ -266,32 +275,41 @@ def _checked_donor(name, folder, revision, config, raw, family, model_class, ten
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    dropped = _check_tensors(where, model, f"{model_class.base_model_prefix}.", tensors)
+    dropped = _check_tensors(where, model, composite, tensors)
     return Donor(
         name=name,
         folder=folder,
         revision=revision,
         config=config,
+        model_config=model_config,
+        composite=composite,
         raw_config=raw,
         family=family,
-        layout=layout,
+        layout=layout if composite is None else composite.layout(layout),
         model_class=model_class,
         tensors=tensors,
         dropped=dropped,
     )
 
 
-def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Checkpoint | StateDict) -> frozenset[str]:
+def _check_tensors(
+    where: str, model: PreTrainedModel, composite: Composite | None, tensors: Checkpoint | StateDict
+) -> frozenset[str]:
     """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
 
-    A checkpoint may be of the base model or of a head class, with or without `prefix`, and in the layout of the class or
-    in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
+    A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and in the layout of
+    the class or in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
     """
+
+    def plain(name: str) -> str:
+        name = name.removeprefix(f"{model.base_model_prefix}.")
+        return name if composite is None else composite.plain(name)
+
     states = [model.state_dict(), revert_weight_conversion(model, model.state_dict())]
-    layouts = [{name.removeprefix(prefix): tuple(t.shape) for name, t in state.items()} for state in states]
+    layouts = [{plain(name): tuple(t.shape) for name, t in state.items()} for state in states]
     stored = {}
     for name in (name for names in tensors.shards.values() for name in names):
-        twin = stored.setdefault(name.removeprefix(prefix), name)
+        twin = stored.setdefault(plain(name), name)
         if twin != name:
             raise Refusal(
                 f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
@@ -305,7 +323,7 @@ def _check_tensors(where: str, model: PreTrainedModel, prefix: str, tensors: Che
             f"{where}: '{unknown[0]}' is no tensor of {type(model).__name__} ({len(unknown)} such tensors). "
             f"Load the donor with its own class and save it again, so that only its tensors remain."
         )
-    tied = {name.removeprefix(prefix) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    tied = {plain(name) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     missing = sorted(expected.keys() - stored.keys() - tied)
     if missing:
         raise Refusal(
@@ -375,7 +393,7 @@ def _relative_difference(donor: Donor, auto_class) -> float:
     native_class = auto_class._model_mapping[type(donor.config)]
     own = auto_class.from_pretrained(donor.folder, trust_remote_code=True, dtype=torch.float32)
     own_output = own.eval()(tokens)[0]
-    native = native_class.from_pretrained(donor.folder, config=donor.config, dtype=torch.float32)
+    native = native_class.from_pretrained(donor.folder, config=donor.model_config, dtype=torch.float32)
     native_output = native.eval()(tokens)[0]
     if own_output.shape != native_output.shape:
         raise ValueError(f"its output has shape {list(own_output.shape)}, the native one {list(native_output.shape)}")

@@ -1,4 +1,4 @@
-"""Open a student: a folder or a repository with a causal language model, its tokenizer and the record of its conversion."""
+"""Open a student: a folder or a repository with a language model, its tokenizer and the record of its conversion."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..refusal import Refusal
 from .donor import Donor, open_donor
 from .manifest import MANIFEST_FILE, Manifest
+from .model_kind import CAUSAL_LM, kind_of, why_no_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class Student:
 
     Args:
         folder: where it came from.
-        model: with a causal language modelling head.
+        model: of the kind that was asked for.
         stored_dtype: of the weights on disk, which the export keeps.
         manifest: of its conversion, if it has one.
     """
@@ -29,8 +30,8 @@ class Student:
     manifest: Manifest | None
 
 
-def open_student(name_or_path: str | Path, dtype: torch.dtype) -> Student:
-    """Raises Refusal for what cannot be opened, or has no causal language modelling head."""
+def open_student(name_or_path: str | Path, dtype: torch.dtype, kind: str = CAUSAL_LM) -> Student:
+    """Raises Refusal for what cannot be opened, or is a model of another kind."""
     folder = Path(name_or_path).expanduser()
     manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
     if manifest is not None and manifest.model_class.startswith("GPTBigCode"):  # no donor, for now
@@ -40,14 +41,27 @@ def open_student(name_or_path: str | Path, dtype: torch.dtype) -> Student:
         opened = open_donor(name_or_path)
         folder = opened.folder  # of a repository, where it was downloaded to
         manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
-        if not opened.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise Refusal(
-                f"{name_or_path}: is a {opened.model_class.__name__}, which predicts no tokens. Convert a donor with a causal "
-                f"language modelling head."
-            )
+        _check_kind(name_or_path, opened, kind)
         stored = opened.tensors.dtype(next(name for names in opened.tensors.shards.values() for name in names))
         model = opened.model_class.from_pretrained(folder, config=opened.config, dtype=dtype)
     return Student(folder=folder, model=model, tokenizer=load_tokenizer(folder), stored_dtype=stored, manifest=manifest)
+
+
+def _check_kind(name_or_path: str | Path, opened: Donor, wanted: str) -> None:
+    found = kind_of(opened.model_class, opened.config)
+    if found == wanted:
+        return
+    if wanted != CAUSAL_LM:
+        raise Refusal(
+            f"{name_or_path}: is a {opened.model_class.__name__} ({found or 'of no kind that is known'}), the donor is of "
+            f"kind {wanted}. Give the student of this donor."
+        )
+    reason = (
+        why_no_kind(opened.model_class, opened.config)
+        if found is None
+        else (f"is a {opened.model_class.__name__}, which predicts no tokens one after the other")
+    )
+    raise Refusal(f"{name_or_path}: {reason}. Convert a donor with a causal language modelling head.")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

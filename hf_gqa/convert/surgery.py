@@ -68,10 +68,12 @@ def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
 
 def _head_tensor_pattern(donor: Donor) -> re.Pattern:
     """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
-    before, _, after = (re.escape(part) for part in donor.layout.attention.partition("{layer_idx}"))
+    begin, _, end = donor.layout.attention.partition("{layer_idx}")
+    begins = [begin] if donor.composite is None else donor.composite.stored_paths(begin)
+    before, after = "|".join(map(re.escape, begins)), re.escape(end)
     heads = "|".join(re.escape(name).replace(r"\{head\}", r"\d+") for name in head_tensor_names(donor.layout))
     prefix = re.escape(donor.model_class.base_model_prefix)
-    return re.compile(rf"(?P<attention>(?:{prefix}\.)?{before}(?P<layer>\d+){after})\.(?:{heads})")
+    return re.compile(rf"(?P<attention>(?:{prefix}\.)?(?:{before})(?P<layer>\d+){after})\.(?:{heads})")
 
 
 def _read_layer(donor: Donor, attention: str, names: set[str]) -> AttentionWeights:

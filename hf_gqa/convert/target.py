@@ -133,16 +133,17 @@ def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, s
 
 def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
     layout = donor.family.donor_layout
-    same_class = donor.layout == layout
-    config = copy.deepcopy(donor.config) if same_class else _plain(donor.config, donor.family.native_config_class)
+    same_class = donor.config.model_type == layout.model_type
+    config = copy.deepcopy(donor.model_config) if same_class else _plain(donor.config, donor.family.native_config_class)
     if layout.key_value_heads_field is not None:
-        setattr(config, layout.key_value_heads_field, rows[0].num_key_value_heads)
+        language = config if donor.composite is None else config.get_text_config()
+        setattr(language, layout.key_value_heads_field, rows[0].num_key_value_heads)
     return Target(
         export="native",
         reason=reason,
         config=config,
         model_class=donor.model_class if same_class else native_class(donor.model_class),
-        layout=layout,
+        layout=donor.layout if same_class else layout,
         rows=rows,
         same_class=same_class,
     )

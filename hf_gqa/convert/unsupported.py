@@ -78,13 +78,11 @@ def reason_against(model_type: str, known: Sequence[str]) -> str:
     """Why this model type is not converted and what is nearest, as the end of a message that began with its name."""
     for entry in UNSUPPORTED:
         if model_type in entry.model_types:
-            return f"{entry.reason}. {_nearest(entry.nearest, known)}"
+            nearest = f"Nearest that is converted: {entry.nearest}." if entry.nearest else f"Known: {', '.join(known)}."
+            return f"{entry.reason}. {nearest}"
     close = difflib.get_close_matches(model_type, known, n=1)
+    nearest = f" Nearest that is converted: {close[0]}." if close else ""
     return (
-        f"is not a family that hf_gqa converts; it does not guess how unknown attention stores its heads. "
-        f"{_nearest(close[0] if close else None, known)} docs/add-a-family.md says how to add one."
+        f"is not a family that hf_gqa converts; it does not guess how unknown attention stores its heads.{nearest} "
+        f"docs/add-a-family.md says how to add one. Known: {', '.join(known)}."
     )
-
-
-def _nearest(name: str | None, known: Sequence[str]) -> str:
-    return f"Nearest that is converted: {name}." if name in known else f"Known: {', '.join(known)}."

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..convert.student import open_student
 from .documents import Documents
 from .opened import Pair
+from .padding import evenly_spread
 from .report import Continuation
 
 
@@ -18,7 +19,7 @@ PROMPTS, PROMPT_TOKENS = 3, 24
 def prompts_from(documents: Documents, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> list[str]:
     """The first words of some windows of the text, evenly spread."""
     windows = list(documents.windows(context_tokens, context_tokens))
-    chosen = [windows[(2 * n + 1) * len(windows) // (2 * PROMPTS)] for n in range(min(PROMPTS, len(windows)))]
+    chosen = [windows[number] for number in evenly_spread(len(windows), PROMPTS)]
     return [tokenizer.decode(window.tokens[1 : PROMPT_TOKENS + 1], skip_special_tokens=True) for window in chosen]
 
 

@@ -46,14 +46,24 @@ class Documents:
 
 
 def read_documents(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, context_tokens: int, max_tokens: int | None
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    context_tokens: int,
+    max_tokens: int | None,
+    *,
+    for_encoder: bool = False,
 ) -> Documents:
     """All of the text, or its first `max_tokens` tokens.
+
+    Args:
+        for_encoder: which sees a whole window at once: nothing stands before a document, each of its tokens counts, and
+            a window may be short.
 
     Raises:
         Refusal: unreadable text, or less of it than one window.
     """
-    prefix, sha256 = prefix_token(tokenizer), hashlib.sha256()
+    prefix, sha256 = None if for_encoder else prefix_token(tokenizer), hashlib.sha256()
+    unscored = int(prefix is None and not for_encoder)  # the first token of a document, which nothing predicts
     kept, text_bytes, left, notes = [], 0, max_tokens, []
     try:
         documents = open_documents(source, tokenizer)
@@ -62,23 +72,18 @@ def read_documents(
     for text in (row["text"] for row in documents if row["text"]):
         if left is not None and left <= 0:
             break
-        ids, used_bytes = _cut(tokenizer, text, left, prefix)
-        if len(ids) + (prefix is not None) < 2:
+        ids, used_bytes = _cut(tokenizer, text, left, unscored)
+        if len(ids) <= unscored:
             continue
         kept.append(np.asarray(ids, dtype=np.int32))
         text_bytes += used_bytes
         sha256.update(f"{len(text.encode())} ".encode() + text.encode())
         left = left - len(ids) if left is not None else None
-    tokens = sum(len(ids) - (prefix is None) for ids in kept)
-    if tokens < context_tokens:
-        where = source.dataset_name or ", ".join(source.train_file)
-        raise Refusal(
-            f"{where}: holds {tokens:,} tokens, fewer than one window of context_length = {context_tokens:,}. Give more text, "
-            f"or a shorter --context-length."
-        )
+    tokens = sum(len(ids) - unscored for ids in kept)
+    _check_enough(source, tokens, 1 if for_encoder else context_tokens)
     if left is not None and left <= 0:
         notes.append(f"Only the first {tokens:,} tokens of the text were scored (max_tokens).")
-    if prefix is None:
+    if unscored:
         notes.append("The tokenizer has no token to begin with, so the first token of each document was not scored.")
     return Documents(
         ids=tuple(kept),
@@ -88,6 +93,15 @@ def read_documents(
         fingerprint=sha256.hexdigest(),
         notes=tuple(notes),
     )
+
+
+def _check_enough(source: TextSource, tokens: int, least: int) -> None:
+    if tokens < least:
+        where = source.dataset_name or ", ".join(source.train_file)
+        raise Refusal(
+            f"{where}: holds {tokens:,} tokens, fewer than one window of context_length = {least:,}. Give more text, "
+            f"or a shorter --context-length."
+        )
 
 
 def sampled_documents(
@@ -113,11 +127,11 @@ def sampled_documents(
     )
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None, prefix: int | None) -> tuple[list[int], int]:
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None, unscored: int) -> tuple[list[int], int]:
     """(tokens, bytes of the text that they score)."""
     ids = token_ids(tokenizer, text)
     size = len(text.encode())
     if most is not None and len(ids) > most:
         ids = ids[:most]
         size = len(tokenizer.decode(ids).encode())
-    return ids, size - (len(tokenizer.decode(ids[:1]).encode()) if prefix is None else 0)
+    return ids, size - (len(tokenizer.decode(ids[:1]).encode()) if unscored else 0)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.donor import Donor
 from ..convert.manifest import comes_from
+from ..convert.model_kind import kind_of, why_no_kind
 from ..convert.student import Student, check_same_tokens, open_student
 from ..refusal import Refusal
 
@@ -20,6 +21,7 @@ class Pair:
     """Both models in one dtype, on one device, with one attention implementation, in evaluation mode.
 
     Args:
+        kind: of both models, as in `convert/model_kind.py`.
         donor, student: ready to be called.
         student_name: what the user called it.
         notes: what could not be checked.
@@ -31,6 +33,7 @@ class Pair:
     donor: PreTrainedModel
     student: PreTrainedModel
     notes: tuple[str, ...]
+    kind: str
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -39,8 +42,7 @@ class Pair:
     @property
     def longest_context_tokens(self) -> int | None:
         """What both models have positions for; None where they name no limit."""
-        limits = [getattr(m.config, "max_position_embeddings", None) for m in (self.donor, self.student)]
-        return min((limit for limit in limits if limit), default=None)
+        return min((limit for limit in map(positions, (self.donor, self.student)) if limit), default=None)
 
 
 def open_pair(
@@ -49,7 +51,10 @@ def open_pair(
     """Raises Refusal for a student of another donor, with other tokens, or that predicts none."""
     stored = donor.tensors.dtype(next(name for names in donor.tensors.shards.values() for name in names))
     computed = stored if dtype == "auto" else getattr(torch, dtype)
-    opened = open_student(student, computed)
+    kind = kind_of(donor.model_class, donor.config)
+    if kind is None:
+        raise Refusal(f"donor {donor.name}: {why_no_kind(donor.model_class, donor.config)}. {ADVICE}")
+    opened = open_student(student, computed, kind)
     notes = []
     if opened.manifest is None:
         notes.append("The student has no conversion_manifest.json: whether it comes from this donor was not checked.")
@@ -64,9 +69,7 @@ def open_pair(
             f"{student}: has hidden_size = {opened.model.config.hidden_size}, donor {donor.name} has "
             f"{donor.config.hidden_size}, so it does not come from it. {ADVICE}"
         )
-    if not donor.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise Refusal(f"donor {donor.name}: is a {donor.model_class.__name__}, which predicts no tokens. {ADVICE}")
-    loaded = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=computed)
+    loaded = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype=computed)
     for model in (loaded, opened.model):
         if attn_implementation is not None:
             _set_attention(model, attn_implementation)
@@ -78,7 +81,17 @@ def open_pair(
         donor=loaded,
         student=opened.model,
         notes=tuple(notes),
+        kind=kind,
     )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has positions for; RoBERTa and its like begin to count behind their padding token."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return min(limit or module.num_embeddings, module.num_embeddings) - module.padding_idx - 1
+    return limit
 
 
 def device_of(name: str | None) -> torch.device:

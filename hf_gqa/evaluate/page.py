@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from ..human_units import human_bytes, percent, times
+from ..human_units import human_bytes, number, percent, times
 from ..refusal import Refusal
 from .page_html import block, bullets, details, element, section, table, text_of
 from .page_plots import capacity_plots, context_plots, retrieval_plots, speed_plots, task_plots
@@ -13,15 +13,19 @@ from .page_style import STYLE
 from .page_tables import (
     Rows,
     by_context_table,
+    by_source_length_table,
     capacity_table,
     change,
+    encoding_speed_table,
     main_table,
     retrieval_table,
+    rouge_table,
     speed_table,
     tasks_table,
 )
 from .report import Continuation, Report
 from .verdict import verdict
+from .words import words_of
 
 
 # Nothing may be fetched or run, even if a hole were found in what `text_of` does.
@@ -42,9 +46,12 @@ def make_page(report: Report) -> str:
     sections = [
         _summary(report),
         _context(report),
+        _by_source_length(report),
+        _rouge(report),
         _retrieval(report),
         _tasks(report),
         _speed(report),
+        _encoding_speed(report),
         _capacity(report),
         _continuations(report),
         _making(report),
@@ -76,15 +83,20 @@ def _figures(report: Report) -> str:
     """The few that decide, large."""
     donor, student = report.donor, report.student
     figures = []
-    if donor.cache_bytes_per_token_measured > 0 and student.cache_bytes_per_token_measured > 0:
+    if donor.cache_bytes_per_token_measured and student.cache_bytes_per_token_measured:
         ratio = donor.cache_bytes_per_token_measured / student.cache_bytes_per_token_measured
         figures.append((times(ratio), "as many tokens in the same cache"))
     if report.speed:
         low, high = (times(pick(row.decode_speedup for row in report.speed)) for pick in (min, max))
         figures.append((low if low == high else f"{low} to {high}", "decode speed"))
-    loss = student.loss_nats_per_token - donor.loss_nats_per_token
-    figures.append((change(loss), "nats per token of loss"))
-    figures.append((percent(report.top1_agreement_fraction), "same likeliest token"))
+    if report.encoding_speed:
+        low, high = (times(pick(row.speedup for row in report.encoding_speed)) for pick in (min, max))
+        figures.append((low if low == high else f"{low} to {high}", "speed of reading"))
+    if donor.loss_nats_per_token is not None:
+        figures.append((change(student.loss_nats_per_token - donor.loss_nats_per_token), "nats per token of loss"))
+        figures.append((percent(report.top1_agreement_fraction), "same likeliest token"))
+    if report.embeddings is not None:
+        figures.append((number(report.embeddings.mean_cosine), "cosine of the embeddings"))
     shown = "".join(f"<div><dd>{text_of(value)}</dd><dt>{text_of(name)}</dt></div>" for value, name in figures)
     return element("dl", shown, class_="figures")
 
@@ -108,6 +120,43 @@ def _context(report: Report) -> str:
     return section("Loss by context length", plots, details("The numbers", table(by_context_table(report), caption)))
 
 
+def _by_source_length(report: Report) -> str:
+    if not report.by_source_length:
+        return ""
+    caption = "Loss of the targets by tokens of their source"
+    return section("Loss by length of the source", table(by_source_length_table(report), caption))
+
+
+def _rouge(report: Report) -> str:
+    if not report.rouge:
+        return ""
+    one = report.rouge[0]
+    way = "greedy decoding" if one.num_beams == 1 else f"beam search over {one.num_beams} beams"
+    said = (
+        f"What both write for {one.pairs:,} sources by {way}, stopped after {one.most_tokens:,} tokens, against the "
+        "references; of several the one that fits best."
+    )
+    return section(
+        "ROUGE", element("p", text_of(said)), table(rouge_table(report), "Mean F1, as rouge-score computes it")
+    )
+
+
+def _encoding_speed(report: Report) -> str:
+    if not report.encoding_speed:
+        return ""
+    said = f"{_timing(report, max(row.repetitions for row in report.encoding_speed))}, of one forward pass."
+    numbers = table(encoding_speed_table(report), "Sequences per second")
+    return section("Speed of reading", element("p", text_of(said)), numbers)
+
+
+def _timing(report: Report, repetitions: int) -> str:
+    settings = report.settings
+    return (
+        f"Medians of {repetitions} pairs, donor and student by turns, on {settings.device} ({settings.device_name}) in "
+        f"{settings.dtype} with {settings.attn_implementation} attention"
+    )
+
+
 def _retrieval(report: Report) -> str:
     if not report.retrieval:
         return ""
@@ -127,10 +176,8 @@ def _tasks(report: Report) -> str:
 def _speed(report: Report) -> str:
     if not report.speed:
         return ""
-    settings = report.settings
     said = (
-        f"Medians of {max(row.repetitions for row in report.speed)} pairs, donor and student by turns, on {settings.device} "
-        f"({settings.device_name}) in {settings.dtype} with {settings.attn_implementation} attention. Bars reach from the "
+        f"{_timing(report, max(row.repetitions for row in report.speed))}. Bars reach from the "
         "smallest to the largest pair. Allowed is what fewer bytes of weights and cache per step would give if nothing "
         "else took time."
     )
@@ -155,19 +202,23 @@ def _capacity(report: Report) -> str:
 
 
 def _continuations(report: Report) -> str:
-    said = [_continuation(number, one) for number, one in enumerate(report.continuations, start=1)]
-    return section("What they write", *said)
+    if not report.continuations:
+        return ""
+    words = words_of(report)
+    said = [_continuation(words.prompt, number, one) for number, one in enumerate(report.continuations, start=1)]
+    return section(words.continuations, *said)
 
 
-def _continuation(number: int, one: Continuation) -> str:
+def _continuation(heading: str, number: int, one: Continuation) -> str:
     texts = [("donor", one.donor), ("converted, before uptraining", one.converted), ("student", one.student)]
+    texts.insert(0, ("reference", one.reference))
     columns = "".join(
         element("div", element("h4", text_of(who)) + block(text, f"{who}, prompt {number}"))
         for who, text in texts
         if text is not None
     )
     prompt = block(one.prompt, f"prompt {number}")
-    return element("h3", f"Prompt {number}") + prompt + element("div", columns, class_="texts")
+    return element("h3", f"{heading} {number}") + prompt + element("div", columns, class_="texts")
 
 
 def _making(report: Report) -> str:
@@ -185,6 +236,26 @@ def _as_yaml(values: dict) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 
+def _reading(report: Report) -> list[tuple[str, str]]:
+    """How the text was read, which is another thing for each kind of model."""
+    text = report.text
+    if text.targets is not None:
+        return [
+            ("references, each scored", f"{text.targets:,}"),
+            ("most tokens of a source", f"{text.context_tokens:,}"),
+            ("sources that were cut there", f"{text.truncated_sources:,}"),
+        ]
+    rows = [("windows", f"{text.windows:,}")]
+    if text.stride_tokens is None:
+        rows.append(("most tokens of a window", f"{text.context_tokens:,}"))
+    else:
+        rows.append(("longest context of a prediction, tokens", f"{text.context_tokens:,}"))
+        rows.append(("tokens scored in a window", f"{text.stride_tokens:,}"))
+    if text.masked_fraction is not None:
+        rows.append(("tokens that were masked", percent(text.masked_fraction)))
+    return rows
+
+
 def _settings(report: Report) -> str:
     text, settings = report.text, report.settings
     of_text = [
@@ -193,9 +264,7 @@ def _settings(report: Report) -> str:
         ("documents", f"{text.documents:,}"),
         ("tokens, each scored once", f"{text.tokens:,}"),
         ("size", human_bytes(text.text_bytes)),
-        ("windows", f"{text.windows:,}"),
-        ("longest context of a prediction, tokens", f"{text.context_tokens:,}"),
-        ("tokens scored in a window", f"{text.stride_tokens:,}"),
+        *_reading(report),
         ("the model takes, tokens", f"{text.longest_context_tokens:,}" if text.longest_context_tokens else "no limit"),
     ]
     of_run = [

@@ -6,6 +6,7 @@ from math import sqrt
 from ..human_units import human_bytes
 from .page_svg import DONOR, GRID, INK, STUDENT, THIRD, drawing
 from .report import Capacity, ContextLoss, Report, Retrieval, Speed, TaskScore
+from .words import words_of
 
 
 DONOR_LINE = {"color": DONOR, "marker": "o"}
@@ -43,10 +44,18 @@ def speed_plots(report: Report) -> list[str]:
     """Of each batch size, tokens per second and the speed-up beside the allowed one."""
     plots = []
     for batch in _in_order(row.batch_size for row in report.speed):
-        rows = [row for row in report.speed if row.batch_size == batch]
+        rows, label = [row for row in report.speed if row.batch_size == batch], f"tokens of {words_of(report).context}"
         plots += [
-            drawing(f"decode-{batch}", f"Decoding, batch {batch}", lambda axes, rows=rows: _draw_decoding(axes, rows)),
-            drawing(f"speedup-{batch}", f"Speed-up, batch {batch}", lambda axes, rows=rows: _draw_speedup(axes, rows)),
+            drawing(
+                f"decode-{batch}",
+                f"Decoding, batch {batch}",
+                lambda axes, rows=rows, label=label: _draw_decoding(axes, rows, label),
+            ),
+            drawing(
+                f"speedup-{batch}",
+                f"Speed-up, batch {batch}",
+                lambda axes, rows=rows, label=label: _draw_speedup(axes, rows, label),
+            ),
         ]
     return plots
 
@@ -109,16 +118,16 @@ def _draw_answer_loss(axes, rows: Sequence[Retrieval]) -> None:
     _context_axis(axes, x, "tokens of context")
 
 
-def _draw_decoding(axes, rows: Sequence[Speed]) -> None:
+def _draw_decoding(axes, rows: Sequence[Speed], label: str) -> None:
     x = [row.context_tokens for row in rows]
     axes.plot(x, [row.donor_decode_tokens_per_second for row in rows], **DONOR_LINE)
     axes.plot(x, [row.student_decode_tokens_per_second for row in rows], **STUDENT_LINE)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens per second")
-    _context_axis(axes, x, "tokens of context")
+    _context_axis(axes, x, label)
 
 
-def _draw_speedup(axes, rows: Sequence[Speed]) -> None:
+def _draw_speedup(axes, rows: Sequence[Speed], label: str) -> None:
     x, measured = [row.context_tokens for row in rows], [row.decode_speedup for row in rows]
     below = [row.decode_speedup - row.decode_speedup_low for row in rows]
     above = [row.decode_speedup_high - row.decode_speedup for row in rows]
@@ -127,7 +136,7 @@ def _draw_speedup(axes, rows: Sequence[Speed]) -> None:
     axes.errorbar(x, measured, yerr=[below, above], capsize=3, **STUDENT_LINE)
     axes.set_ylim(bottom=min(0.5, *measured))
     axes.set_ylabel("student over donor")
-    _context_axis(axes, x, "tokens of context")
+    _context_axis(axes, x, label)
 
 
 def _draw_capacity(axes, rows: Sequence[Capacity], limit: int | None) -> None:

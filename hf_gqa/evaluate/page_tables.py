@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..human_units import heads_in_words, human_bytes, human_count, number, percent, times
 from .report import ContextLoss, Interval, ModelFacts, Report
 from .verdict import confidence
+from .words import words_of
 
 
 class Rows(NamedTuple):
@@ -32,31 +33,46 @@ def main_table(report: Report) -> Rows:
 
 
 def _quality_rows(report: Report) -> list[tuple[str, ...]]:
+    return [*_loss_rows(report), *_embedding_rows(report)]
+
+
+def _loss_rows(report: Report) -> list[tuple[str, ...]]:
     donor, student, differences = report.donor, report.student, report.differences
+    if donor.loss_nats_per_token is None:
+        return []
+    words = words_of(report)
     loss, bits = differences.loss_nats_per_token, differences.bits_per_byte
     kl, top1 = differences.kl_nats_per_token, differences.top1_agreement_fraction
-    return [
+    rows = [
         (
-            "loss, nats per token",
+            words.loss,
             number(donor.loss_nats_per_token),
             number(student.loss_nats_per_token),
             _measured(student.loss_nats_per_token - donor.loss_nats_per_token, loss, change),
         ),
         (
-            "perplexity",
+            words.perplexity,
             number(donor.perplexity),
             number(student.perplexity),
             _measured(student.perplexity / donor.perplexity, differences.perplexity_ratio, lambda x: f"{x:.4g}x"),
         ),
-        (
-            "bits per byte",
-            number(donor.bits_per_byte),
-            number(student.bits_per_byte),
-            _measured(student.bits_per_byte - donor.bits_per_byte, bits, change),
-        ),
         ("KL to the donor, nats per token", "", "", _measured(report.kl_nats_per_token, kl, lambda x: f"{x:.3g}")),
         ("same likeliest token", "", "", _measured(report.top1_agreement_fraction, top1, percent)),
     ]
+    if donor.bits_per_byte is not None:
+        difference = _measured(student.bits_per_byte - donor.bits_per_byte, bits, change)
+        rows.insert(2, ("bits per byte", number(donor.bits_per_byte), number(student.bits_per_byte), difference))
+    return rows
+
+
+def _embedding_rows(report: Report) -> list[tuple[str, ...]]:
+    found = report.embeddings
+    if found is None:
+        return []
+    rows = [("cosine of the embeddings", "", "", _measured(found.mean_cosine, found.cosine, number))]
+    if found.spearman is not None:
+        rows.append(("rank correlation of similarities", "", "", number(found.spearman)))
+    return rows
 
 
 def _measured(value: float, interval: Interval | None, said: Callable[[float], str]) -> str:
@@ -64,11 +80,20 @@ def _measured(value: float, interval: Interval | None, said: Callable[[float], s
 
 
 def _cost_rows(donor: ModelFacts, student: ModelFacts) -> list[tuple[str, ...]]:
-    rows = [("KV heads", *(heads_in_words(model.num_key_value_heads) for model in (donor, student)), "")]
+    kinds = [("KV heads", "num_key_value_heads")]
+    if donor.cross_num_key_value_heads:
+        kinds = [("KV heads of the decoder", "num_key_value_heads")]
+        kinds += [
+            ("KV heads across", "cross_num_key_value_heads"),
+            ("KV heads of the encoder", "encoder_num_key_value_heads"),
+        ]
+    rows = [(name, *(heads_in_words(getattr(model, field)) for model in (donor, student)), "") for name, field in kinds]
     sizes = [
         ("cache per token, computed", "cache_bytes_per_token_computed", human_bytes),
         ("cache per token, measured", "cache_bytes_per_token_measured", human_bytes),
         ("cache per token beyond the window", "cache_bytes_per_token_beyond_window", human_bytes),
+        ("cache per source token, computed", "cache_bytes_per_source_token_computed", human_bytes),
+        ("cache per source token, measured", "cache_bytes_per_source_token_measured", human_bytes),
         ("parameters", "parameters", human_count),
         ("weights", "weight_bytes", human_bytes),
         ("peak memory", "peak_memory_bytes", human_bytes),
@@ -108,6 +133,52 @@ def by_context_table(report: Report) -> Rows:
             f"{row.kl_nats_per_token:.3g}",
         )
         for row in report.by_context
+    ]
+    return Rows(header, rows)
+
+
+def by_source_length_table(report: Report) -> Rows:
+    header = ("source, tokens", "pairs", "target tokens", "donor", "student", "difference in nats per token", "KL")
+    rows = [
+        (
+            f"{row.first_source_tokens}-{row.last_source_tokens}",
+            f"{row.pairs:,}",
+            f"{row.tokens:,}",
+            number(row.donor_loss_nats_per_token),
+            number(row.student_loss_nats_per_token),
+            _measured(row.student_loss_nats_per_token - row.donor_loss_nats_per_token, row.difference, change),
+            f"{row.kl_nats_per_token:.3g}",
+        )
+        for row in report.by_source_length
+    ]
+    return Rows(header, rows)
+
+
+def rouge_table(report: Report) -> Rows:
+    rows = [
+        (
+            row.metric,
+            f"{row.pairs:,}",
+            number(row.donor_fraction),
+            number(row.student_fraction),
+            _measured(row.student_fraction - row.donor_fraction, row.difference, change),
+        )
+        for row in report.rouge
+    ]
+    return Rows(("F1", "pairs", "donor", "student", "difference"), rows)
+
+
+def encoding_speed_table(report: Report) -> Rows:
+    header = ("batch", "length, tokens", "donor sequences/s", "student sequences/s", "faster by")
+    rows = [
+        (
+            f"{row.batch_size}",
+            f"{row.length_tokens:,}",
+            number(row.donor_sequences_per_second),
+            number(row.student_sequences_per_second),
+            f"{times(row.speedup)} ({times(row.speedup_low)} to {times(row.speedup_high)})",
+        )
+        for row in report.encoding_speed
     ]
     return Rows(header, rows)
 
@@ -152,7 +223,15 @@ def tasks_table(report: Report) -> Rows:
 
 
 def speed_table(report: Report) -> Rows:
-    header = ("batch", "context", "donor tokens/s", "student tokens/s", "faster by", "allowed", "first token, seconds")
+    header = (
+        "batch",
+        words_of(report).context,
+        "donor tokens/s",
+        "student tokens/s",
+        "faster by",
+        "allowed",
+        "first token, seconds",
+    )
     rows = [
         (
             f"{row.batch_size}",

@@ -1,4 +1,4 @@
-"""The most memory that a fresh process takes to load a model, read a prompt and decode."""
+"""The most memory that a fresh process takes to load a model, read a prompt and decode, or whatever its kind does."""
 
 import json
 import os
@@ -8,9 +8,12 @@ import threading
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
+from ..convert.model_kind import AUTO_CLASSES, CAUSAL_LM, ENCODER, MASKED_LM, SEQ2SEQ
 from ..refusal import Refusal
+from .encoding_speed import forward_seconds
+from .seq2seq_speed import read_source_and_decode
 from .speed import read_and_decode
 
 
@@ -18,6 +21,11 @@ IN_A_FRESH_PROCESS = (
     "import sys; sys.path.append(sys.argv[2]); from hf_gqa.evaluate.peak_memory import main; main(sys.argv[1])"
 )
 SAMPLE_SECONDS = 0.001
+WORK = {
+    CAUSAL_LM: read_and_decode,
+    SEQ2SEQ: read_source_and_decode,
+    **dict.fromkeys((MASKED_LM, ENCODER), lambda model, tokens, decode_tokens: forward_seconds(model, tokens)),
+}
 
 
 def peak_memory_bytes(
@@ -29,6 +37,7 @@ def peak_memory_bytes(
     decode_tokens: int,
     attn_implementation: str | None = None,
     device: str = "cpu",
+    kind: str = CAUSAL_LM,
 ) -> int | None:
     """Weights, cache and whatever is computed, above what the process has before it loads the model.
 
@@ -41,8 +50,8 @@ def peak_memory_bytes(
     Raises:
         Refusal: the process failed, as it does when memory runs out.
     """
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and sys.platform != "linux"):
+    where = torch.device(device).type
+    if where not in ("cpu", "cuda") or (where == "cpu" and sys.platform != "linux"):
         return None
     arguments = {
         "folder": str(folder),
@@ -52,6 +61,7 @@ def peak_memory_bytes(
         "decode_tokens": decode_tokens,
         "attn_implementation": attn_implementation,
         "device": device,
+        "kind": kind,
     }
     package = Path(__file__).resolve().parents[2]
     run = subprocess.run(
@@ -82,7 +92,7 @@ def main(arguments: str) -> None:
 
 
 def _load_and_decode(settings: dict) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, AUTO_CLASSES[settings["kind"]]).from_pretrained(
         settings["folder"],
         dtype=getattr(torch, settings["dtype"]),
         attn_implementation=settings["attn_implementation"],
@@ -93,7 +103,7 @@ def _load_and_decode(settings: dict) -> None:
             parameter.data = parameter.data.clone()
     shape = (settings["batch_size"], settings["context_tokens"])
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    read_and_decode(model, tokens.to(model.device), settings["decode_tokens"])
+    WORK[settings["kind"]](model, tokens.to(model.device), settings["decode_tokens"])
 
 
 def _anonymous_peak_bytes(settings: dict) -> int:

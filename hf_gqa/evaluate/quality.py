@@ -18,6 +18,7 @@ from .windows import Window, batches
 
 ELEMENTS_AT_ONCE = 1 << 24
 FIRST_CONTEXTS_END = 32
+IGNORED = -100  # what transformers takes for no label
 ABSURD_LOSS = 700  # whose exponential is no number any more
 
 
@@ -75,20 +76,24 @@ def score(
     Raises:
         Refusal: a loss that is NaN or Inf.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in TokenScores.__dataclass_fields__}
+    parts = []
     for batch in batches(windows, batch_size):
         tokens_BT, mask_BT, scored_BT = _padded([window for _, window in batch], donor.device)
         read = {"attention_mask": mask_BT[:, :-1], "use_cache": False}
         theirs, ours = (model(tokens_BT[:, :-1], **read).logits for model in (donor, student))
-        found_4N = compare(theirs[scored_BT], ours[scored_BT], tokens_BT[:, 1:][scored_BT])
-        for name, values_N in zip(("donor_loss_N", "student_loss_N", "kl_N", "agrees_N"), found_4N, strict=True):
-            parts[name].append(values_N)
-        parts["window_N"] += [np.full(window.scored, number) for number, window in batch]
-        parts["context_N"] += [np.asarray(window.contexts) for _, window in batch]
-        seen(sum(window.scored for _, window in batch))
-    scores = TokenScores(**{name: np.concatenate(values) for name, values in parts.items()})
-    _check_finite(scores)
+        found = compare(theirs[scored_BT], ours[scored_BT], tokens_BT[:, 1:][scored_BT])
+        numbers = np.repeat([number for number, _ in batch], [window.scored for _, window in batch])
+        parts.append([numbers, np.concatenate([window.contexts for _, window in batch]), *found])
+        seen(len(numbers))
+    scores = collected(parts)
+    check_finite(scores)
     return scores
+
+
+def collected(parts: list[list[np.ndarray]]) -> TokenScores:
+    """Of batches, each as [windows, contexts, donor's losses, student's losses, KL, agreement]."""
+    names = ("window_N", "context_N", "donor_loss_N", "student_loss_N", "kl_N", "agrees_N")
+    return TokenScores(**dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True)))
 
 
 def _padded(windows: list[Window], device: torch.device):
@@ -120,7 +125,7 @@ def _compare_part(donor_nV: torch.Tensor, student_nV: torch.Tensor, token_n: tor
     return *losses, kl_n, (donor_nV.argmax(-1) == student_nV.argmax(-1)).double()
 
 
-def _check_finite(scores: TokenScores) -> None:
+def check_finite(scores: TokenScores) -> None:
     for name, losses_N in (("donor", scores.donor_loss_N), ("student", scores.student_loss_N)):
         broken = int((~(losses_N < ABSURD_LOSS)).sum())  # also NaN
         if broken:

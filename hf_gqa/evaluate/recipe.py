@@ -18,7 +18,7 @@ POSITIVE = (
     "decode_tokens",
     "repetitions",
 )
-POSITIVE += ("continuation_tokens", "sampled_tokens")
+POSITIVE += ("continuation_tokens", "sampled_tokens", "num_beams", "generation_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,10 @@ class EvaluationRecipe(Recipe):
     Args:
         text: files (.txt, .jsonl, .json, .parquet) and folders of them; or a dataset, as in `TextSource`; or
             `sampled_tokens`, which the donor writes.
+        source_column, target_column: of an encoder-decoder's text, which is pairs: a source is text or a list of texts to
+            be joined, a target is text or a list of references.
         max_tokens: stop after so many; None: every token of the text is scored.
-        context_length: most tokens before a prediction; None: what the models take, up to 2048.
+        context_length: most tokens before a prediction, or of a source; None: what the models take, up to 2048.
         stride: tokens scored in each further window; None: `context_length`, which reads everything once.
         batch_size: windows at once; None: as many as make some 8192 tokens.
         dtype: to compute in, and of the cache; "auto": the donor's.
@@ -46,6 +48,8 @@ class EvaluationRecipe(Recipe):
         memory: sizes, such as "24GB", for which the context that fits is computed.
         prompts: to continue; empty: beginnings of windows of the text.
         continuation_tokens: how long the continuations are.
+        rouge_pairs: sources of an encoder-decoder for which targets are written; None: all, 0: none.
+        num_beams, generation_tokens: how they are written, and after how many tokens that is stopped.
 
     Raises:
         Refusal: contradictory or unknown values.
@@ -56,6 +60,8 @@ class EvaluationRecipe(Recipe):
     dataset_config_name: str | None = None
     dataset_split: str = "test"
     text_column: str | None = None
+    source_column: str = "source"
+    target_column: str = "target"
     streaming: bool = False
     sampled_tokens: int | None = None
     max_tokens: int | None = None
@@ -82,6 +88,9 @@ class EvaluationRecipe(Recipe):
     memory: tuple[str, ...] = ("24GB",)
     prompts: tuple[str, ...] = ()
     continuation_tokens: int = 40
+    rouge_pairs: int | None = None
+    num_beams: int = 1
+    generation_tokens: int = 128
 
     def __post_init__(self):
         self.check_fields()
@@ -94,8 +103,9 @@ class EvaluationRecipe(Recipe):
         for name in ("speed_batch_sizes", "speed_context_lengths"):
             if any(value < 1 for value in getattr(self, name)):
                 raise Refusal(f"{name} = {list(getattr(self, name))}: use whole numbers from 1 on.")
-        if self.retrieval_samples < 0 or (self.num_fewshot or 0) < 0 or not 0 <= self.seed < 2**32:
-            raise Refusal("retrieval_samples, num_fewshot, seed: must not be negative. Use 0 or more.")
+        counts = (self.retrieval_samples, self.num_fewshot or 0, self.rouge_pairs or 0)
+        if min(counts) < 0 or not 0 <= self.seed < 2**32:
+            raise Refusal("retrieval_samples, num_fewshot, rouge_pairs, seed: must not be negative. Use 0 or more.")
         if self.dtype not in DTYPES:
             raise Refusal(f"dtype = {self.dtype!r} is unknown. Use one of {', '.join(DTYPES)}.")
         if not 0.5 <= self.confidence < 1:

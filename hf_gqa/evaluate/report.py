@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..convert.model_kind import AUTO_CLASSES, CAUSAL_LM
 from ..refusal import Refusal
 from .from_json import value_of
 
@@ -32,13 +33,19 @@ class ModelFacts:
 
     Args:
         name: what the user called it.
-        num_key_value_heads: of each layer.
-        loss_nats_per_token: mean negative log-likelihood of every token of the text.
+        num_hidden_layers, num_key_value_heads: the KV heads of each layer; of an encoder-decoder, its decoder's.
+        cross_num_key_value_heads, encoder_num_key_value_heads: of an encoder-decoder's attentions to the encoder and
+            within it; otherwise empty.
+        loss_nats_per_token: mean negative log-likelihood of every token of the text (of every masked token for an
+            encoder, of every target's token for an encoder-decoder); None for an encoder that predicts none.
         perplexity: its exponential.
-        bits_per_byte: the same text in bits over its UTF-8 bytes, comparable across tokenizers.
-        cache_bytes_per_token_computed: from the configuration, in the dtype of the evaluation.
+        bits_per_byte: the same text in bits over its UTF-8 bytes, comparable across tokenizers; None for encoders.
+        cache_bytes_per_token_computed: from the configuration, in the dtype of the evaluation; of an
+            encoder-decoder, of each token that it decodes. None for encoders, which keep no cache.
         cache_bytes_per_token_measured: from the cache that the model filled, by class of cache.
         cache_bytes_per_token_beyond_window: of a token beyond the sliding window, where there is one.
+        cache_bytes_per_source_token_computed, cache_bytes_per_source_token_measured: what the decoder of an
+            encoder-decoder keeps of each source token.
         peak_memory_bytes: most that a fresh process had while it read and decoded; None where it was not measured.
     """
 
@@ -50,18 +57,23 @@ class ModelFacts:
     num_key_value_heads: tuple[int, ...]
     parameters: int
     weight_bytes: int
-    loss_nats_per_token: float
-    perplexity: float
-    bits_per_byte: float
-    cache_bytes_per_token_computed: int
-    cache_bytes_per_token_measured: float
-    cache_bytes_per_token_beyond_window: int
+    loss_nats_per_token: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    cache_bytes_per_token_computed: int | None
+    cache_bytes_per_token_measured: float | None
+    cache_bytes_per_token_beyond_window: int | None
     peak_memory_bytes: int | None = None
+    cross_num_key_value_heads: tuple[int, ...] = ()
+    encoder_num_key_value_heads: tuple[int, ...] = ()
+    cache_bytes_per_source_token_computed: int | None = None
+    cache_bytes_per_source_token_measured: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Differences:
-    """Student against donor on the same tokens, each with its interval; None where the text has too few windows.
+    """Student against donor on the same tokens, each with its interval; None where the text has too few windows, and for
+    what the kind of model has not.
 
     Args:
         loss_nats_per_token: student's loss less the donor's.
@@ -89,6 +101,59 @@ class ContextLoss:
     student_loss_nats_per_token: float
     kl_nats_per_token: float
     difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLengthLoss:
+    """Of an encoder-decoder: target tokens of the pairs whose source has so many tokens, as it was read."""
+
+    first_source_tokens: int
+    last_source_tokens: int
+    pairs: int
+    tokens: int
+    donor_loss_nats_per_token: float
+    student_loss_nats_per_token: float
+    kl_nats_per_token: float
+    difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rouge:
+    """How much of the references an encoder-decoder writes: mean F1 over pairs, of the reference that it fits best.
+
+    Args:
+        metric: rouge1, rouge2 or rougeL, with stemming, as the package rouge-score computes them.
+        num_beams: of the decoding; 1 is greedy.
+        most_tokens: after which it was stopped.
+        difference: student's less the donor's, paired.
+    """
+
+    metric: str
+    pairs: int
+    num_beams: int
+    most_tokens: int
+    donor_fraction: float
+    student_fraction: float
+    difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """Of an encoder: mean-pooled last hidden states of the same windows of text, donor's against student's.
+
+    Args:
+        windows: that were embedded; a document that fits the context is one.
+        mean_cosine: between donor's and student's embedding of a window.
+        cosine: the same with its interval.
+        spearman: rank correlation of the cosines between windows, donor's against student's; None below 3 windows.
+        spearman_windows: between which, evenly spread over the text.
+    """
+
+    windows: int
+    mean_cosine: float
+    cosine: Interval | None
+    spearman: float | None
+    spearman_windows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +206,7 @@ class Speed:
     """Reading a prompt and then decoding, donor and student by turns in one process; medians.
 
     Args:
-        batch_size, context_tokens: of the prompts.
+        batch_size, context_tokens: of the prompts; of an encoder-decoder, of the sources.
         donor_decode_tokens_per_second, student_decode_tokens_per_second: of the whole batch.
         decode_speedup: student's over donor's tokens per second, median over pairs.
         decode_speedup_low, decode_speedup_high: its smallest and largest pair.
@@ -163,6 +228,20 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingSpeed:
+    """Reading whole sequences with an encoder, donor and student by turns; medians, and the range of the speed-up."""
+
+    batch_size: int
+    length_tokens: int
+    repetitions: int
+    donor_sequences_per_second: float
+    student_sequences_per_second: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     """Context that fits into `memory_bytes` beside the weights, for `batch_size` sequences at once; computed.
 
@@ -178,12 +257,16 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """What the models write after a prompt, by greedy decoding; `converted` is the student before uptraining."""
+    """What the models write after a prompt, by greedy decoding; `converted` is the student before uptraining.
+
+    Of an encoder-decoder the prompt is the source, and `reference` what was to be written.
+    """
 
     prompt: str
     donor: str
     student: str
     converted: str | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,10 +278,13 @@ class TextFacts:
         fingerprint: of the text itself.
         tokens: all of which were scored once.
         text_bytes: in UTF-8.
-        windows: rows in which the text was read, which are what the bootstrap draws.
-        context_tokens: longest context of a prediction.
-        stride_tokens: tokens scored in each window.
+        windows: rows in which the text was read, which are what the bootstrap draws; of an encoder-decoder, pairs.
+        context_tokens: longest context of a prediction; for encoders and encoder-decoders, most tokens that are read.
+        stride_tokens: tokens scored in each window; None where windows do not overlap.
         longest_context_tokens: what the model takes.
+        targets: references of an encoder-decoder's sources, each of which was scored; otherwise None.
+        truncated_sources: of them, sources that were cut to `context_tokens`.
+        masked_fraction: share of the tokens that an encoder had to guess; otherwise None.
     """
 
     sources: tuple[str, ...]
@@ -208,8 +294,11 @@ class TextFacts:
     text_bytes: int
     windows: int
     context_tokens: int
-    stride_tokens: int
+    stride_tokens: int | None
     longest_context_tokens: int | None
+    targets: int | None = None
+    truncated_sources: int | None = None
+    masked_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,8 +327,9 @@ class Report:
     """Everything measured about a student and its donor; exact round trip through JSON.
 
     Args:
-        kl_nats_per_token: forward KL from donor to student, mean over all tokens.
-        top1_agreement_fraction: tokens on whose likeliest successor both agree.
+        kl_nats_per_token: forward KL from donor to student, mean over all tokens; None where no tokens are predicted.
+        top1_agreement_fraction: tokens on whose likeliest successor both agree; None with it.
+        kind: "causal_lm", "seq2seq", "masked_lm" or "encoder". What a kind has not is None or empty.
         conversion: the student's `conversion_manifest.json`; None if it has none.
         recipe: of `hf-gqa run`, which made all this; None otherwise.
         command: that repeats the evaluation.
@@ -249,8 +339,8 @@ class Report:
     format: int
     donor: ModelFacts
     student: ModelFacts
-    kl_nats_per_token: float
-    top1_agreement_fraction: float
+    kl_nats_per_token: float | None
+    top1_agreement_fraction: float | None
     differences: Differences
     by_context: tuple[ContextLoss, ...]
     retrieval: tuple[Retrieval, ...]
@@ -264,6 +354,11 @@ class Report:
     recipe: dict | None
     command: str
     notes: tuple[str, ...]
+    kind: str = CAUSAL_LM
+    by_source_length: tuple[SourceLengthLoss, ...] = ()
+    rouge: tuple[Rouge, ...] = ()
+    embeddings: Embeddings | None = None
+    encoding_speed: tuple[EncodingSpeed, ...] = ()
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -279,7 +374,10 @@ class Report:
             raise Refusal(
                 f"{where}: format = {found!r}, this hf_gqa reads {FORMAT}. Evaluate the student again with this hf_gqa."
             )
-        return value_of(cls, values, where)
+        report = value_of(cls, values, where)
+        if report.kind not in AUTO_CLASSES:
+            raise Refusal(f"{where}: kind = {report.kind!r}, expected one of {', '.join(AUTO_CLASSES)}. Make it again.")
+        return report
 
     @classmethod
     def read(cls, path: str | Path) -> "Report":

@@ -29,48 +29,19 @@ class Timing:
     decode_seconds: float
 
 
-def measure_speed(
-    donor: PreTrainedModel,
-    student: PreTrainedModel,
-    *,
-    batch_sizes: Sequence[int],
-    context_lengths: Sequence[int],
-    decode_tokens: int = 16,
-    repetitions: int = 5,
-    seed: int = 0,
-    progress: Callable[[str], object] = lambda point: None,
-) -> tuple[tuple[Speed, ...], tuple[str, ...]]:
-    """Time both models on the same random prompts, for every batch size and context length.
-
-    A pair of runs has one prompt; which model goes first is drawn. One pair before the first warms up and is not counted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How a kind of model is timed.
 
     Args:
-        donor, student: in evaluation mode, on one device.
-        context_lengths: tokens of the prompts.
-        decode_tokens: steps that are timed after the first token.
-        repetitions: pairs that count, 3 or more.
-        progress: called with the name of each point before it is measured.
-
-    Returns:
-        The points, and notes about those that were left out because memory ran out.
-
-    Raises:
-        Refusal: too few repetitions, or more tokens than the models have positions for.
+        run: (model, prompts `[B, S]`, steps) -> (answers, Timing).
+        allowed_speedup: (donor, student, batch size, prompt's tokens, steps) -> what the bytes moved would allow.
+        check: takes what `check_speed` takes, and raises what it raises.
     """
-    check_speed(donor, student, batch_sizes, context_lengths, decode_tokens, repetitions)
-    points, notes = [], []
-    for batch_size in batch_sizes:
-        for context_tokens in context_lengths:
-            where = f"batch {batch_size} x context {context_tokens}"
-            progress(where)
-            pairs = _timed_pairs((donor, student), (batch_size, context_tokens), decode_tokens, repetitions, seed)
-            if pairs is None:
-                _give_memory_back(donor.device)
-                notes.append(f"Speed at {where} was not measured: memory ran out.")
-            else:
-                allowed = allowed_decode_speedup(donor, student, batch_size, context_tokens, decode_tokens)
-                points.append(_point(pairs, batch_size, context_tokens, decode_tokens, allowed))
-    return tuple(points), tuple(notes)
+
+    run: Callable
+    allowed_speedup: Callable
+    check: Callable
 
 
 @torch.inference_mode()
@@ -93,12 +64,12 @@ def read_and_decode(model: PreTrainedModel, tokens: torch.Tensor, decode_tokens:
         answer.append(logits[:, -1:].float().argmax(dim=-1))
         return answer[-1]
 
-    started = _now(model.device)
+    started = now(model.device)
     token = step(tokens)
-    first = _now(model.device)
+    first = now(model.device)
     for _ in range(decode_tokens):
         token = step(token)
-    timing = Timing(first_token_seconds=first - started, decode_seconds=_now(model.device) - first)
+    timing = Timing(first_token_seconds=first - started, decode_seconds=now(model.device) - first)
     return torch.cat(answer, dim=1), timing
 
 
@@ -134,14 +105,66 @@ def allowed_decode_speedup(
     return donor_bytes / student_bytes
 
 
-def _timed_pairs(
+def measure_speed(
+    donor: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    batch_sizes: Sequence[int],
+    context_lengths: Sequence[int],
+    decode_tokens: int = 16,
+    repetitions: int = 5,
+    seed: int = 0,
+    way: "Decoding | None" = None,
+    progress: Callable[[str], object] = lambda point: None,
+) -> tuple[tuple[Speed, ...], tuple[str, ...]]:
+    """Time both models on the same random prompts, for every batch size and context length.
+
+    A pair of runs has one prompt; which model goes first is drawn. One pair before the first warms up and is not counted.
+
+    Args:
+        donor, student: in evaluation mode, on one device.
+        context_lengths: tokens of the prompts.
+        decode_tokens: steps that are timed after the first token.
+        repetitions: pairs that count, 3 or more.
+        way: None: that of decoder-only models.
+        progress: called with the name of each point before it is measured.
+
+    Returns:
+        The points, and notes about those that were left out because memory ran out.
+
+    Raises:
+        Refusal: too few repetitions, or more tokens than the models have positions for.
+    """
+    way = way or Decoding(run=read_and_decode, allowed_speedup=allowed_decode_speedup, check=check_speed)
+    way.check(donor, student, batch_sizes, context_lengths, decode_tokens, repetitions)
+    points, notes = [], []
+    for batch_size in batch_sizes:
+        for context_tokens in context_lengths:
+            where = f"batch {batch_size} x context {context_tokens}"
+            progress(where)
+            pairs = timed_pairs(
+                (donor, student),
+                (batch_size, context_tokens),
+                lambda model, tokens: way.run(model, tokens, decode_tokens)[1],
+                repetitions,
+                seed,
+            )
+            if pairs is None:
+                notes.append(f"Speed at {where} was not measured: memory ran out.")
+            else:
+                allowed = way.allowed_speedup(donor, student, batch_size, context_tokens, decode_tokens)
+                points.append(_point(pairs, batch_size, context_tokens, decode_tokens, allowed))
+    return tuple(points), tuple(notes)
+
+
+def timed_pairs(
     models: tuple[PreTrainedModel, PreTrainedModel],
     shape: tuple[int, int],
-    decode_tokens: int,
+    run: Callable[[PreTrainedModel, torch.Tensor], object],
     repetitions: int,
     seed: int,
-) -> list[tuple[Timing, Timing]] | None:
-    """(donor's, student's) of each pair that counts; None if memory ran out."""
+) -> list[tuple] | None:
+    """What `run` says of (donor, student) in each pair that counts; None if memory ran out."""
     draws, generator = random.Random(f"{seed} {shape}"), torch.Generator().manual_seed(seed)
     vocab_size = models[0].config.vocab_size
     pairs = []
@@ -150,11 +173,12 @@ def _timed_pairs(
             tokens = torch.randint(vocab_size, shape, generator=generator).to(models[0].device)
             pair = dict.fromkeys(draws.sample((0, 1), 2))
             for which in pair:
-                pair[which] = read_and_decode(models[which], tokens, decode_tokens)[1]
+                pair[which] = run(models[which], tokens)
             pairs.append((pair[0], pair[1]))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in WITHOUT_MEMORY):
             raise
+        _give_memory_back(models[0].device)
         return None
     return pairs[1:]
 
@@ -209,7 +233,7 @@ def check_speed(
             )
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

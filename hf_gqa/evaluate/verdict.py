@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from ..human_units import human_bytes, percent, times
-from .report import ContextLoss, Interval, Report, Retrieval, Speed, TaskScore
+from .report import ContextLoss, EncodingSpeed, Interval, Report, Retrieval, Rouge, Speed, TaskScore
+from .words import words_of
 
 
 SAME_SIZE_FRACTION = 0.005
@@ -16,7 +17,11 @@ def verdict(report: Report) -> str:
 
     There is no single figure of quality kept: an average hides what was lost, so each loss is said as it was measured.
     """
-    sentences = [f"{_cache(report)}, and {_speed(report.speed)}", _cost(report)]
+    if report.donor.cache_bytes_per_token_measured is None:
+        sentences = [_encoding_speed(report.encoding_speed)]
+    else:
+        sentences = [f"{_cache(report)}, and {_speed(report.speed, words_of(report).context)}"]
+    sentences += [_cost(report), _embeddings(report), _rouge(report.rouge)]
     sentences += [_recall(report.retrieval), _tasks(report.tasks)]
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
@@ -43,14 +48,62 @@ def _cache(report: Report) -> str:
     before, after = report.donor.cache_bytes_per_token_measured, report.student.cache_bytes_per_token_measured
     if before <= 0 or after <= 0:
         return "No cache was measured"
+    sources = [model.cache_bytes_per_source_token_measured for model in (report.donor, report.student)]
+    if not all(sources):
+        return f"The cache is {_size(before, after, 'token')}"
+    return f"The cache is {_size(before, after, 'written token')}, of the source {_size(*sources, 'source token')}"
+
+
+def _size(before: float, after: float, each: str) -> str:
     ratio = before / after
     if abs(ratio - 1) < SAME_SIZE_FRACTION:
-        return f"The cache is as large as the donor's ({human_bytes(after)} per token)"
+        return f"as large as the donor's ({human_bytes(after)} per {each})"
     size = f"{times(ratio)} smaller" if ratio > 1 else f"{times(1 / ratio)} larger"
-    return f"The cache is {size} ({human_bytes(before)} to {human_bytes(after)} per token)"
+    return f"{size} ({human_bytes(before)} to {human_bytes(after)} per {each})"
 
 
-def _speed(cells: Sequence[Speed]) -> str:
+def _encoding_speed(cells: Sequence[EncodingSpeed]) -> str:
+    if not cells:
+        return "Speed was not measured"
+    measured = _range([cell.speedup for cell in cells], times)
+    batch = _range([cell.batch_size for cell in cells], str)
+    length = _range([cell.length_tokens for cell in cells], str)
+    faster = sum(cell.speedup_low > 1 for cell in cells)
+    slower = sum(cell.speedup_high < 1 for cell in cells)
+    said = f"Reading is faster in {faster} and slower in {slower} of {len(cells)} settings"
+    return f"{said} ({measured} at batch {batch} and length {length})"
+
+
+def _embeddings(report: Report) -> str:
+    found = report.embeddings
+    if found is None:
+        return ""
+    bounds = (
+        ""
+        if found.cosine is None
+        else (f" ({confidence(report)} interval {found.cosine.low:.4g} to {found.cosine.high:.4g})")
+    )
+    ranked = (
+        ""
+        if found.spearman is None
+        else (f", and the rank correlation of their similarities to one another is {found.spearman:.4g}")
+    )
+    return f"Its embeddings have a cosine of {found.mean_cosine:.4g} to the donor's{bounds}{ranked}"
+
+
+def _rouge(rows: Sequence[Rouge]) -> str:
+    if not rows:
+        return ""
+    row = rows[-1]
+    figures = f"{row.metric} {row.donor_fraction:.3g} to {row.student_fraction:.3g}"
+    if row.difference is None:
+        return f"What it writes was scored with no interval, because there are too few pairs ({figures})"
+    if row.difference.low <= 0 <= row.difference.high:
+        return f"No difference in what it writes was seen ({figures})"
+    return f"What it writes is {'nearer to' if row.difference.low > 0 else 'farther from'} the references ({figures})"
+
+
+def _speed(cells: Sequence[Speed], length: str) -> str:
     if not cells:
         return "speed was not measured"
     batch = _range([cell.batch_size for cell in cells], str)
@@ -58,7 +111,7 @@ def _speed(cells: Sequence[Speed]) -> str:
     measured = _range([cell.decode_speedup for cell in cells], times)
     allowed = _range([cell.allowed_decode_speedup for cell in cells], times)
     return (
-        f"{_faster_or_slower(cells)} ({measured} at batch {batch} and context {context}; "
+        f"{_faster_or_slower(cells)} ({measured} at batch {batch} and {length} {context}; "
         f"the bytes moved would allow {allowed})"
     )
 
@@ -87,9 +140,11 @@ def _range(values: list, said: Callable) -> str:
 
 def _cost(report: Report) -> str:
     donor, student, interval = report.donor, report.student, report.differences.loss_nats_per_token
+    if donor.loss_nats_per_token is None:
+        return ""
     change = student.loss_nats_per_token - donor.loss_nats_per_token
     figures = f"perplexity {donor.perplexity:.4g} to {student.perplexity:.4g}; KL {report.kl_nats_per_token:.3g}"
-    agreement = f"; both expect the same next token {percent(report.top1_agreement_fraction)} of the time"
+    agreement = f"; {words_of(report).agreement} {percent(report.top1_agreement_fraction)} of the time"
     if interval is None:
         said = f"{abs(change):.3g} nats per token {'lower' if change < 0 else 'higher'}"
         return f"The loss is {said} ({figures}), with no interval because the text is too short for one{agreement}"
@@ -100,7 +155,7 @@ def _cost(report: Report) -> str:
         said = f"The loss is {abs(change):.3g} nats per token lower than the donor's ({bounds})"
     else:
         said = f"It costs {change:.3g} nats per token of loss ({bounds})"
-    return said + _worst_context(report.by_context, interval) + agreement
+    return said + _worst_context(report.by_context, interval) + _worst_source(report, interval) + agreement
 
 
 def _worst_context(rows: Sequence[ContextLoss], overall: Interval) -> str:
@@ -113,6 +168,16 @@ def _worst_context(rows: Sequence[ContextLoss], overall: Interval) -> str:
         f", {worst.difference.value:.3g} at {worst.first_context_tokens} to {worst.last_context_tokens} "
         "tokens of context"
     )
+
+
+def _worst_source(report: Report, overall: Interval) -> str:
+    """The same for the lengths of sources."""
+    limit = max(overall.high, 0)
+    worse = [row for row in report.by_source_length if row.difference is not None and row.difference.low > limit]
+    if not worse:
+        return ""
+    worst = max(worse, key=lambda row: row.difference.value)
+    return f", {worst.difference.value:.3g} for sources of {worst.first_source_tokens} to {worst.last_source_tokens} tokens"
 
 
 def _recall(rows: Sequence[Retrieval]) -> str:

@@ -5,6 +5,7 @@ Shapes: N rows, L tokens of a row.
 
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,25 @@ MOST_ROW_TOKENS = 512
 SAVED = ".safetensors"
 
 
+def dataset_source(given: str) -> TextSource:
+    """'NAME', 'NAME:CONFIGURATION' or 'NAME:CONFIGURATION:SPLIT' -> a dataset that is streamed."""
+    name, *others = given.split(":")
+    if not name or len(others) > 2:
+        raise Refusal(
+            f"calibration dataset '{given}': is no dataset. Give NAME, NAME:CONFIGURATION or NAME:CONFIGURATION:SPLIT."
+        )
+    configuration, split = [*others, "", ""][:2]
+    return TextSource(
+        dataset_name=name, dataset_config_name=configuration or None, dataset_split=split or "train", streaming=True
+    )
+
+
 def make_calibration(
-    donor: Donor, files: Sequence[str | Path] = (), tokens: int = DEFAULT_TOKENS, seed: int = 0
+    donor: Donor,
+    files: Sequence[str | Path] = (),
+    tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
+    dataset: TextSource | None = None,
 ) -> Calibration:
     """Calibrate a donor on disk.
 
@@ -34,29 +52,34 @@ def make_calibration(
             none: the donor writes its own text.
         tokens: most to look at; of longer files, rows from all over.
         seed: of the sampled text.
+        dataset: in place of files; of a streamed one, the first rows.
 
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
+    if files and dataset is not None:
+        raise Refusal("calibration: files and a dataset are given. Give one of them.")
     if any(Path(file).suffix == SAVED for file in files):
         if len(files) > 1:
             raise Refusal(f"calibration: {SAVED} files are calibrations of their own. Give one, or text files.")
         return Calibration.read(Path(files[0]))
     if tokens < 1:
         raise Refusal(f"calibration_tokens = {tokens}: is not a positive number. Use some ten thousand.")
-    if not donor.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")) and not files:
+    if not donor.model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")) and not (files or dataset):
         raise Refusal(
             f"calibration: a {donor.model_class.__name__} predicts no tokens, so it cannot write its own text. Give text files."
         )
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype="auto").eval()
+    model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
     length = min(MOST_ROW_TOKENS, donor.config.max_position_embeddings)
-    if files:
-        documents = open_documents(TextSource(train_file=tuple(map(str, files))), tokenizer)
-        rows = packed_rows(documents, tokenizer, length, attend_across_documents=True)
-        wanted = min(len(rows), -(-tokens // length))
-        rows = rows.select(np.linspace(0, len(rows) - 1, wanted).round().astype(int).tolist())
-        return calibrate(donor, model, _tokens(rows))
+    if files or dataset:
+        source = dataset or TextSource(train_file=tuple(map(str, files)))
+        rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)
+        wanted = -(-tokens // length)
+        if source.streaming:
+            return calibrate(donor, model, _tokens(islice(rows, wanted)))
+        picked = np.linspace(0, len(rows) - 1, min(len(rows), wanted)).round().astype(int)
+        return calibrate(donor, model, _tokens(rows.select(picked.tolist())))
     with tempfile.TemporaryDirectory() as scratch:
         rows = sampled_rows(
             model,

@@ -2,9 +2,10 @@
 
 import yaml
 
+from ..convert.model_kind import CAUSAL_LM, ENCODER, MASKED_LM, SEQ2SEQ
 from ..evaluate.report import Report
 from ..evaluate.verdict import confidence
-from ..human_units import heads_in_words, human_count
+from ..human_units import heads_in_words, human_count, percent
 from ..runtime.layer_plan import LayerPlan
 from .licence import Licence
 from .markdown import block, code, plain
@@ -32,8 +33,28 @@ def measured_text(report: Report) -> str:
     documents = "1 document" if text.documents == 1 else f"{text.documents:,} documents"
     return (
         f"{text.tokens:,} tokens ({text.text_bytes:,} bytes, {documents}, fingerprint {code(text.fingerprint)}) "
-        f"of {', '.join(code(source) for source in text.sources)}, every token scored once, in {text.windows:,} windows with "
-        f"up to {text.context_tokens:,} tokens before the one that is predicted"
+        f"of {', '.join(code(source) for source in text.sources)}, {_how_read(report)}"
+    )
+
+
+def _how_read(report: Report) -> str:
+    text = report.text
+    if report.kind == SEQ2SEQ:
+        cut = f", {text.truncated_sources:,} of which were cut to that" if text.truncated_sources else ""
+        return (
+            f"every token of {text.targets:,} targets scored once, given the target's tokens before it and a source of up to "
+            f"{text.context_tokens:,} tokens{cut}"
+        )
+    if report.kind == MASKED_LM:
+        return (
+            f"{percent(text.masked_fraction)} of the text, masked by a seed and each guessed once, in {text.windows:,} windows "
+            f"of up to {text.context_tokens:,} tokens"
+        )
+    if report.kind == ENCODER:
+        return f"embedded in {text.windows:,} windows of up to {text.context_tokens:,} tokens"
+    return (
+        f"every token scored once, in {text.windows:,} windows with up to {text.context_tokens:,} tokens before the one that is "
+        f"predicted"
     )
 
 
@@ -52,11 +73,11 @@ def limits(report: Report) -> list[str]:
         f"Quality was measured on {sources} alone; on other text, languages or code it may be worse.",
         _lengths(report),
     ]
-    if not report.retrieval:
+    if not report.retrieval and report.kind == CAUSAL_LM:
         lines.append("Recall from the context was not measured; it is what merged heads lose first.")
-    if not report.tasks:
+    if not report.tasks and report.kind == CAUSAL_LM:
         lines.append("No task of a benchmark was run.")
-    if not report.speed:
+    if not report.speed and not report.encoding_speed:
         lines.append("Speed was not measured.")
     else:
         lines.append("Speeds are those of one machine and its load; on another they differ.")
@@ -143,6 +164,10 @@ def _licence(licence: Licence) -> str:
 
 def _lengths(report: Report) -> str:
     measured, longest = report.text.context_tokens, report.text.longest_context_tokens
+    if report.kind != CAUSAL_LM:
+        what = "Sources" if report.kind == SEQ2SEQ else "Windows"
+        takes = f"; the model takes {longest:,}" if longest is not None and longest > measured else ""
+        return f"{what} of more than {measured:,} tokens were not measured{takes}."
     if longest is None:
         return f"Contexts of more than {measured:,} tokens were not measured."
     if measured + 1 < longest:

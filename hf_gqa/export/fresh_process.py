@@ -20,8 +20,7 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     native = getattr(transformers, model_class, None)
     _, has_head, head = model_class.rpartition("For")
-    own = getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel
-    loader = own if native is None else native
+    loader = native or (getattr(transformers, f"AutoModelFor{head}") if has_head else AutoModel)
     model, loading = loader.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -29,21 +28,13 @@ def main(
         **({"trust_remote_code": trust_remote_code} if native is None else {}),
     )
     model.eval()
-    tokens, mask = probe(model.config.vocab_size)
+    tokens, mask = probe(model.config.get_text_config().vocab_size)
     cache = DynamicCache(config=model.config) if key_weights is None else None
     cached = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     with torch.no_grad():
         output = body(model)(tokens, attention_mask=mask, **cached)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
-    generated = None
-    if model.can_generate():
-        generated = (
-            model.generate(
-                tokens[:1], attention_mask=mask[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
-            ).shape[1]
-            - tokens.shape[1]
-        )
     return {
         "class": type(model).__name__,
         "config_class": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).__name__,
@@ -54,8 +45,16 @@ def main(
         if cache is None
         else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
         "finite": bool(torch.isfinite(first).all()),
-        "generated_tokens": generated,
+        "generated_tokens": generated_tokens(model, tokens[:1], mask[:1]),
     }
+
+
+def generated_tokens(model, tokens, mask) -> int | None:
+    """How many of four were generated; None for a model that cannot."""
+    if not model.can_generate():
+        return None
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    return model.generate(tokens, attention_mask=mask, **options).shape[1] - tokens.shape[1]
 
 
 def heads_in_weights(model, key_weights: list[str]) -> list[int]:

@@ -5,6 +5,7 @@ from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
 from ..refusal import Refusal
 from .explanation import explain, facts
+from .support_table import support_row
 
 
 def inspect_donor(donor: Donor) -> dict:
@@ -39,7 +40,8 @@ def inspect_donor(donor: Donor) -> dict:
         )
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
     numbers = {**before, "targets": targets, "impossible": impossible}
-    return {"donor": donor.name, "model_class": model_class, "position": position, **numbers}
+    row = support_row(donor.family.model_type)
+    return {"donor": donor.name, "model_class": model_class, "position": position, "family": row, **numbers}
 
 
 def _fraction(after: dict, before: dict, name: str) -> float | None:

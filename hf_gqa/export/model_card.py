@@ -10,8 +10,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..convert.manifest import MANIFEST_FILE
+from ..convert.model_kind import AUTO_CLASSES
 from ..evaluate.report import PAGE_FILE, REPORT_FILE, Report
 from ..evaluate.verdict import confidence, verdict
+from ..evaluate.words import words_of
 from ..refusal import Refusal
 from ..staging import replace_file
 from .card_tables import tables
@@ -70,6 +72,7 @@ def card_of(report: Report, *, name: str, base_model: str, licence: Licence) -> 
         verdict=plain(verdict(report)),
         facts=facts(report, licence),
         quoted_name=json.dumps(" ".join(name.split()), ensure_ascii=False),
+        auto_class=AUTO_CLASSES[report.kind],
         bundle=(report.conversion or {}).get("export") == "bundle",
         text=measured_text(report),
         tables=tables(report),
@@ -147,7 +150,6 @@ def _is_repository(name: str) -> bool:
 def _metadata(report: Report, name: str, base_model: str, licence: Licence) -> ModelCardData:
     heads = report.student.num_key_value_heads
     kind = "mqa" if set(heads) == {1} else "gqa"
-    generates = report.student.model_class.endswith(("ForCausalLM", "LMHeadModel"))
     return ModelCardData(
         base_model=base_model,
         base_model_relation=DERIVED,
@@ -155,7 +157,7 @@ def _metadata(report: Report, name: str, base_model: str, licence: Licence) -> M
         license_name=licence.license_name,
         license_link=licence.license_link,
         library_name="transformers",
-        pipeline_tag="text-generation" if generates else None,
+        pipeline_tag=words_of(report).pipeline,
         datasets=_datasets(report),
         tags=[kind, "hf-gqa", "kv-cache", "grouped-query-attention"],
         model_name=" ".join(name.split()),
@@ -175,30 +177,45 @@ def _datasets(report: Report) -> list[str] | None:
 def _results(report: Report) -> list[EvalResult]:
     """The student's numbers for the model-index: on the text, then of the tasks."""
     text = {
-        "task_type": "text-generation",
+        "task_type": words_of(report).task,
         "dataset_type": "text",
         "dataset_name": " ".join(", ".join(report.text.sources).split()),
         "dataset_args": {"fingerprint": report.text.fingerprint, "tokens": report.text.tokens},
     }
-    student, share = report.student, confidence(report)
+    student, share, words = report.student, confidence(report), words_of(report)
     differences = report.differences
     measured = (
-        ("perplexity", "Perplexity", student.perplexity, None),
-        ("loss", "Loss, nats per token", student.loss_nats_per_token, None),
+        ("perplexity", capitalised(words.perplexity), student.perplexity, None),
+        ("loss", capitalised(words.loss), student.loss_nats_per_token, None),
         ("bits_per_byte", "Bits per byte", student.bits_per_byte, None),
         ("kl_divergence", "KL from the donor, nats per token", report.kl_nats_per_token, differences.kl_nats_per_token),
         (
             "top1_agreement",
-            "Same likeliest next token as the donor, fraction",
+            f"{capitalised(words.same_token)} as the donor, fraction",
             report.top1_agreement_fraction,
             differences.top1_agreement_fraction,
         ),
     )
     found = []
-    for metric, words, value, interval in measured:
+    for metric, name, value, interval in (*measured, *_other_results(report)):
+        if value is None:
+            continue
         within = f" ({share} interval {_rounded(interval.low)} to {_rounded(interval.high)})" if interval else ""
-        found.append(EvalResult(**text, metric_type=metric, metric_name=words + within, metric_value=_rounded(value)))
+        found.append(EvalResult(**text, metric_type=metric, metric_name=name + within, metric_value=_rounded(value)))
     return found + [_task_result(row) for row in report.tasks]
+
+
+def capitalised(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def _other_results(report: Report) -> list[tuple]:
+    """Of what is written, and of embeddings; the intervals of ROUGE are of differences, which no index holds."""
+    rows = [(row.metric, f"{row.metric}, mean F1 of {row.pairs:,}", row.student_fraction, None) for row in report.rouge]
+    if report.embeddings is not None:
+        found = report.embeddings
+        rows.append(("cosine", "Cosine of the embeddings to the donor's", found.mean_cosine, found.cosine))
+    return rows
 
 
 def _task_result(row) -> EvalResult:

@@ -76,7 +76,7 @@ def _borrow(
     for number, state in enumerate(STATES):
         lender = getattr(row, f"{state}_from")
         norm = getattr(layout, f"{state}_norm", None)
-        if lender is not None and norm is not None:
+        if lender is not None and norm is not None and hasattr(own, norm):  # norms may be switched off
             own.get_submodule(norm).load_state_dict(attention[lender].get_submodule(norm).state_dict())
 
         def hook(module, args, output, number=number, lender=lender):

@@ -1,5 +1,6 @@
 """Convert a donor on disk into a student on disk, shard by shard."""
 
+import copy
 import errno
 import json
 import shutil
@@ -129,9 +130,14 @@ def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Targe
 def _write_config(donor: Donor, target: Target, staging: Path) -> None:
     """A native student of the donor's class keeps the donor's `config.json` but for what the plan changes."""
     if target.same_class:
-        raw = {key: value for key, value in donor.raw_config.items() if key not in ("auto_map", "_name_or_path")}
+        raw = {
+            key: value
+            for key, value in copy.deepcopy(donor.raw_config).items()
+            if key not in ("auto_map", "_name_or_path")
+        }
         if target.layout.key_value_heads_field is not None:
-            raw[target.layout.key_value_heads_field] = target.rows[0].num_key_value_heads
+            heads_of = raw if donor.composite is None else raw["text_config"]
+            heads_of[target.layout.key_value_heads_field] = target.rows[0].num_key_value_heads
         raw["architectures"] = [target.model_class.__name__]
         (staging / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:

@@ -124,11 +124,13 @@ class PlannedHead(GroupedByDefault):
 
     def __init__(self, config):
         AutoModel.register(type(config), self.model_class, exist_ok=True)  # which the heads of most decoders ask
+        asked = config._attn_implementation
+        config._attn_implementation = "eager"  # a native model, which is replaced at once, may refuse what ours takes
         super().__init__(config)
+        config._attn_implementation = asked
         native = getattr(self, self.base_model_prefix)
-        if type(native) is not self.model_class:
-            left_out = {"add_pooling_layer": False} if getattr(native, "pooler", native) is None else {}
-            setattr(self, self.base_model_prefix, self.model_class(config, **left_out))
+        left_out = {"add_pooling_layer": False} if getattr(native, "pooler", native) is None else {}
+        setattr(self, self.base_model_prefix, self.model_class(config, **left_out))
         self.post_init()
 
 

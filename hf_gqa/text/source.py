@@ -5,7 +5,7 @@ import glob
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -82,22 +82,29 @@ def open_documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Da
     Raises:
         Refusal: anything missing, unreadable, not UTF-8, without text, or without the column asked for.
     """
+    parts = [_as_documents(rows, where, source, tokenizer) for where, rows in open_rows(source)]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def open_rows(source: TextSource) -> Iterator[tuple[str, Dataset | IterableDataset]]:
+    """What a source holds with all of its columns, and what to call it: a dataset, or files of one kind after another.
+
+    Raises:
+        Refusal: anything missing, unreadable, or not UTF-8.
+    """
     if source.dataset_name:
         where = source.dataset_name
-        dataset = _load(where, source, where, source.dataset_split, name=source.dataset_config_name)
-        return _as_documents(dataset, where, source, tokenizer)
+        yield where, _load(where, source, where, source.dataset_split, name=source.dataset_config_name)
+        return
     files = _files(source)
     for file in files:
         if file.suffix.lower() != ".parquet":
             _check_utf8(file)
-    parts = []
     for reader, group in groupby(files, _reader):
         names = [str(file) for file in group]
         where = _listed(names)
         options = {"text": {"sample_by": "document", "encoding": "utf-8-sig"}}.get(reader, {})
-        loaded = _load(where, source, reader, "train", data_files=[*map(glob.escape, names)], **options)
-        parts.append(_as_documents(loaded, where, source, tokenizer))
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        yield where, _load(where, source, reader, "train", data_files=[*map(glob.escape, names)], **options)
 
 
 def fingerprint(source: TextSource) -> str:
@@ -119,7 +126,7 @@ def _builder_hash(source: TextSource) -> str:
     try:
         return load_dataset_builder(source.dataset_name, source.dataset_config_name).hash
     except READING_ERRORS as error:
-        raise _unreadable(source.dataset_name, source, error) from None
+        raise unreadable(source.dataset_name, source, error) from None
 
 
 def _files(source: TextSource) -> list[Path]:
@@ -180,10 +187,10 @@ def _load(where: str, source: TextSource, reader: str, split: str, **options) ->
             options["on_mixed_types"] = None
         return load_dataset(reader, split=split, streaming=source.streaming, **options)
     except READING_ERRORS as error:
-        raise _unreadable(where, source, error) from None
+        raise unreadable(where, source, error) from None
 
 
-def _unreadable(where: str, source: TextSource, error: Exception) -> Exception:
+def unreadable(where: str, source: TextSource, error: Exception) -> Exception:
     """The Refusal to raise; an error of the disk stays what it is."""
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno is not None:
@@ -214,7 +221,7 @@ def _as_documents(
     except Refusal:
         raise
     except READING_ERRORS as error:
-        raise _unreadable(where, source, error) from None
+        raise unreadable(where, source, error) from None
     if first is None:
         found = f" (columns: {', '.join(columns)}; read: {column})" if columns else ""
         raise Refusal(f"{where}: holds no text{found}. Give other text, or another text_column.")

@@ -365,7 +365,7 @@ def write_teacher_of_recipe(
 
 def load_whole(donor: Donor, dtype: torch.dtype) -> PreTrainedModel:
     """The donor as a model of its own, where this process computes."""
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.config, dtype=dtype)
+    model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype=dtype)
     return model.eval().to(PartialState().device)
 
 

@@ -56,7 +56,7 @@ def load_teacher(donor: Donor, student: nn.Module) -> PreTrainedModel:
         state[stored_name] = twin.data if shared else tensor.to(some.device)
     teacher = donor.model_class.from_pretrained(
         None,
-        config=donor.config,
+        config=donor.model_config,
         state_dict=state,
         dtype=some.dtype,
         attn_implementation=getattr(student.config, "_attn_implementation", None),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
+from ..convert.model_kind import CAUSAL_LM, kind_of
 from ..convert.plan import ConversionPlan
 from ..convert.target import choose_target
 from ..evaluate.evaluation import Evaluation
@@ -37,6 +38,16 @@ from .sweep_table import (
 
 
 PLANS = "plans"
+
+
+def check_comparable(donor: Donor) -> None:
+    """Raises Refusal for a donor whose plans the table has no columns for."""
+    kind = kind_of(donor.model_class, donor.config)
+    if kind != CAUSAL_LM:
+        raise Refusal(
+            f"sweep: donor {donor.name} is a {donor.model_class.__name__}, and the table compares causal language models by "
+            f"loss and cache. Evaluate each student with hf-gqa run."
+        )
 
 
 class Sweep:
@@ -77,6 +88,7 @@ class Sweep:
         self.keep_students, self.announce = keep_students, announce
         self.calibration_text = {"files": list(calibration), "tokens": calibration_tokens}
         self.donor: Donor = open_donor(donor)
+        check_comparable(self.donor)
         check_apart(self.output, self.donor.folder, "donor")
         self.plans = {
             f"{'+'.join(plan.method)}-{plan.sharing}-{plan.num_key_value_heads}": plan

@@ -1,0 +1,114 @@
+"""What each family can become: the rows of docs/families.md, of the README's table and of `hf-gqa inspect`.
+
+Written from the families' own files, so that no table can say anything else than the code.
+`python -m hf_gqa.export.support_table` (`make families`) writes the tables again.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from ..convert.families import FAMILIES, load_family
+from ..convert.relatives import RELATIVES
+from ..methods import METHODS
+from ..runtime.attention_layout import AttentionLayout
+
+
+COLUMNS = {
+    "family": "family (`model_type`)",
+    "projections": "query, key and value",
+    "norms": "norms on queries and keys",
+    "position": "position",
+    "export": "student with fewer KV heads",
+    "heads": "heads of a bundle",
+    "methods": "methods",
+    "sharing": "sharing",
+}
+BEGIN = "<!-- families: written by `make families` -->"
+END = "<!-- families: end -->"
+
+
+def support_row(name: str) -> dict[str, str]:
+    """The cells of one family, by column."""
+    family = load_family(name)
+    layout = family.donor_layout
+    return {
+        "family": f"`{name}`",
+        "projections": f"fused: `{layout.fused}`" if layout.fused else "separate",
+        "norms": norms_in_words(layout),
+        "position": layout.position,
+        "export": export_in_words(layout),
+        "heads": ", ".join(head.removeprefix("AutoModelFor") for head in family.head_classes) or "none",
+        "methods": methods_in_words(layout),
+        "sharing": "all",  # patterns are rows, which planned attention follows whatever the family
+    }
+
+
+def norms_in_words(layout: AttentionLayout) -> str:
+    if layout.query_norm is None:
+        return "none"
+    kinds = {
+        "shared": "one weight for all heads",
+        "per_head": "a weight for each head",
+        "joint": "over all heads at once",
+    }
+    return kinds[layout.norm_weights] + if_switched(layout)
+
+
+def if_switched(layout: AttentionLayout) -> str:
+    return f", if `{layout.norm_switch}`" if layout.norm_switch else ""
+
+
+def export_in_words(layout: AttentionLayout) -> str:
+    if layout.key_value_heads_field is not None:
+        return "native"
+    relatives = [name for name in RELATIVES.names() if RELATIVES.get(name).of == layout.model_type]
+    return "bundle" + "".join(f"; one KV head: native `{name}`" for name in relatives)
+
+
+def methods_in_words(layout: AttentionLayout) -> str:
+    if layout.query_norm is None:
+        return "all"
+    defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
+    return f"all but {', '.join(f'`{name}`' for name in defeated)}" + if_switched(layout)
+
+
+def families_table() -> str:
+    """Markdown, one row per family."""
+    rows = [support_row(name) for name in FAMILIES.names()]
+    return markdown([list(COLUMNS.values()), *([row[column] for column in COLUMNS] for row in rows)])
+
+
+def short_table() -> str:
+    """Markdown, one row for all families that become the same."""
+    rows = [support_row(name) for name in FAMILIES.names()]
+    by_export: dict[str, list[str]] = {}
+    for row in rows:
+        by_export.setdefault(row["export"], []).append(row["family"])
+    lines = [[", ".join(by_export[export]), export] for export in sorted(by_export, reverse=True)]
+    return markdown([[COLUMNS["family"], COLUMNS["export"]], *lines])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, f"|{'---|' * len(lines[0])}", *rows])
+
+
+TABLES = {"docs/families.md": families_table, "README.md": short_table}
+
+
+def with_table(text: str, table: str) -> str:
+    """A file's text with the table between its marks written again."""
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    assert len(pattern.findall(text)) == 1, "the marks of the table are not there once"
+    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+
+
+def write_tables(repository: Path) -> None:
+    for file, table in TABLES.items():
+        path = repository / file
+        path.write_text(with_table(path.read_text(encoding="utf-8"), table()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tables(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
