@@ -95,6 +95,6 @@ def test_a_sweep_says_what_it_cannot_compare(made, tmp_path):
 
 
 def test_another_kind_than_the_donors_is_refused(made, tmp_path):
-    kind, folder = made
+    _, folder = made
     arguments = ["--donor", "examples/donor", "--text", folder / "text.jsonl", "--output-dir", tmp_path / "report"]
     assert_one_message(run_cli("evaluate", folder / "student", *arguments), 2, "Convert a donor with a causal")
