@@ -136,7 +136,8 @@ class SharingBench(Bench):
             self.once(f"subsets {pattern}", lambda pattern=pattern: self.subsets(pattern))
 
     def uptrained(self, cell: SharingCell) -> dict:
-        return self.run(cell) | {"shared_fraction": len(cell.shared_layers) / self.layers}
+        shared = {"pattern": cell.pattern, "shared_layers": list(cell.shared_layers)}
+        return self.run(cell) | shared | {"shared_fraction": len(cell.shared_layers) / self.layers}
 
 
 def chosen(results: list[dict], pattern: str) -> dict[str, dict[int, tuple[int, ...]]]:

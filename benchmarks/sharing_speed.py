@@ -1,6 +1,6 @@
 """What layer sharing is worth in time: decoding and a training step against the unshared model, at TinyLlama-1.1B's shape.
 
-Run: `python benchmarks/sharing_speed.py [--threads 2] [--layers 9] [--rounds 9] [--output FILE.json]`. Random weights and a cache of
+Run: `python benchmarks/sharing_speed.py [--threads 2] [--layers 9] [--rounds 9] [--output FILE.json]`. Weights of one value and a cache of
 random numbers; timing does not depend on them. The ways take turns in random order, round after round; each cell is the median
 over rounds of unshared time over the way's time in the same round, with quartiles.
 
@@ -47,8 +47,14 @@ def make_model(rows, heads: int, dtype: torch.dtype, context: int):
         layer_plan=[row.to_dict() for row in rows],
         max_position_embeddings=2 * context,
     )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(0.01)
+    for buffer in model.buffers():
+        buffer.fill_(0.5)
+    return model
 
 
 def filled_cache(model, batch: int, context: int) -> DynamicCache:

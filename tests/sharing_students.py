@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from hf_gqa import convert
 from hf_gqa.convert.donor import donor_from_model
+from hf_gqa.convert.families import load_family
 from hf_gqa.export.sharing_oracle import share_layers
 from hf_gqa.runtime.layer_plan import read_rows
 
@@ -34,7 +35,10 @@ PLANS = {
     "mixed": {"layer_plan": [{"num_key_value_heads": 2, **row} for row in MIXED]},
 }
 WHOLE = ("llama", "gemma3_text", "gpt2")  # one norm and type, two types with norms, fused without rotation
-CASES = [(m, plan) for m in MODEL_TYPES for plan in PLANS if m in WHOLE or plan in ("mixed", "albert")]
+FAMILIES = [m for m in MODEL_TYPES if load_family(m).donor_layout.hands_on_states]
+CASES = [(m, plan) for m in FAMILIES for plan in PLANS if m in WHOLE or plan in ("mixed", "albert")]
+CASES += [(m, "albert") for m in MODEL_TYPES if m not in FAMILIES]
+every_family = pytest.mark.parametrize("model_type", FAMILIES)
 every_case = pytest.mark.parametrize(("model_type", "plan"), CASES)
 
 

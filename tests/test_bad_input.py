@@ -220,7 +220,7 @@ def test_config_file_that_is_not_text_is_refused(tmp_path):
     assert_refused(donor, tmp_path, "config.json: not JSON (")
 
 
-@pytest.mark.parametrize("model_type", ["opt", "lama", None, 7, ["llama"]])
+@pytest.mark.parametrize("model_type", ["xglm", "lama", None, 7, ["llama"]])
 def test_family_is_refused_with_the_known_ones(tmp_path, model_type):
     donor = write_donor(tmp_path / "donor")
     edit_json(donor / "config.json", model_type=model_type)

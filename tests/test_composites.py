@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 
-from hf_gqa import Refusal, convert, convert_checkpoint, open_donor, verify
+from hf_gqa import ConversionPlan, Refusal, convert, convert_checkpoint, open_donor, verify
+from hf_gqa.convert.target import choose_target
+from hf_gqa.export.explanation import explain
 
 from .test_conformance import assert_close_for_float32, assert_same_tensors
 from .test_conformance_oracle import mean_of
@@ -117,14 +119,17 @@ SPELLINGS = {  # of the parts of the names on disk
 def test_on_disk_the_towers_pass_through_under_their_names(donor, spelling, tmp_path):
     donor.save_pretrained(tmp_path / "donor")
     file = tmp_path / "donor" / "model.safetensors"
-    rename = SPELLINGS[spelling]
+    rename, plan = SPELLINGS[spelling], ConversionPlan(num_key_value_heads=2)
     before = donor.state_dict() if rename is None else {rename(name): t for name, t in load_file(file).items()}
     if spelling == "as published" and any("vision_model.vision_model" in name for name in before):
         before = {name.replace("vision_model.vision_model", "vision_model"): t for name, t in before.items()}
     save_file(before, file, metadata={"format": "pt"})
-    convert_checkpoint(tmp_path / "donor", tmp_path / "student", num_key_value_heads=2)
+    explained = explain(opened := open_donor(tmp_path / "donor"), plan, choose_target(opened, plan))
+    convert_checkpoint(tmp_path / "donor", tmp_path / "student", plan)
     after = load_file(tmp_path / "student" / "model.safetensors")
     assert after.keys() == before.keys()
+    assert explained.before["parameters"] == sum(t.numel() for t in before.values())
+    assert explained.after["parameters"] == sum(t.numel() for t in after.values())
     heads = [name for name in before if "language_model" in name and (".k_proj" in name or ".v_proj" in name)]
     assert len(heads) == 4 and all(2 * len(after[name]) == len(before[name]) for name in heads)
     assert_same_tensors(*({n: t for n, t in tensors.items() if n not in heads} for tensors in (after, before)))

@@ -57,12 +57,19 @@ VARIANTS = [
     ("gpt2", {"scale_attn_weights": False}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", {"tie_word_embeddings": False}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": None}),
+    ("opt", {"do_layer_norm_before": False, "enable_bias": False, "word_embed_proj_dim": 16}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("falcon", {"bias": True, "parallel_attn": False}),
+    ("gpt_neo", {"attention_types": [[["local"], 2]], "intermediate_size": None}),
+    ("gpt_bigcode", {"scale_attn_weights": False, "n_inner": 40}),
+    ("mpt", {"attn_config": {"softmax_scale": 0.5, "alibi_bias_max": 4}}),
 ]
 
 
 PROJECTION = re.compile(
-    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self)\."
-    r"(c_attn|Wqkv|qkv_proj|k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)$"
+    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self|self_attention|attn\.attention)\."
+    r"(c_attn|Wqkv|qkv_proj|query_key_value|k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)$"
 )
 
 
@@ -70,8 +77,7 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
     """Views `[K, D, ...]` of keys and values by (layer, "key" or "value", "weight" or "bias"); writing changes the model.
 
     Args:
-        tensors: native names -> parameters, or anything of their shapes. GPT-2's `c_attn` is a Conv1D: the last axis
-            holds query, key and value, each as wide as all query heads.
+        tensors: native names, or those of our own classes -> parameters, or anything of their shapes.
     """
     views = {}
     for name, tensor in tensors.items():
@@ -79,18 +85,52 @@ def key_value_views(tensors: Mapping[str, torch.Tensor], head_dim: int) -> dict[
         if match is None:
             continue
         layer_idx, projection, kind = int(match[1]), match[2], match[3]
-        if projection in ("c_attn", "Wqkv"):
-            rows = tensor.detach().movedim(-1, 0) if projection == "c_attn" else tensor.detach()
-            _, key, value = rows.split(len(rows) // 3)
+        if projection in ("c_attn", "Wqkv", "qkv_proj", "query_key_value"):
+            shape = tensors[f"{name.rpartition('.')[0]}.weight"].shape
+            is_conv1d = shape[0] < shape[1]  # GPT-2: the last axis holds queries, keys and values
+            rows = tensor.detach().movedim(-1, 0) if is_conv1d else tensor.detach()
+            _, key, value = split_of(name, is_conv1d)(rows, head_dim)
             parts = {"key": key, "value": value}
-        elif projection == "qkv_proj":  # Phi-3's, all query heads first
-            query_rows = NUM_ATTENTION_HEADS * head_dim
-            parts = dict(zip(("key", "value"), tensor.detach()[query_rows:].chunk(2), strict=True))
         else:
-            parts = {"key" if projection.startswith("k") else "value": tensor.detach()}
-        for part, rows in parts.items():
-            views[layer_idx, part, kind] = rows.unflatten(0, (-1, head_dim))
+            rows = tensor.detach().unflatten(0, (-1, head_dim))
+            parts = {"key" if projection.startswith("k") else "value": rows}
+        for part, view in parts.items():
+            assert view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr(), "a copy changes nothing"
+            views[layer_idx, part, kind] = view
     return views
+
+
+def split_of(name: str, is_conv1d: bool) -> Callable[[torch.Tensor, int], list[torch.Tensor]]:
+    """How the rows of the fused projection of this native name fall into query, key and value heads."""
+    if "query_key_value" in name or ("c_attn" in name and not is_conv1d):
+        return split_groups
+    if ".self_attn.qkv_proj" in name:
+        return split_phi3
+    return split_quarters if "qkv_proj" in name else split_thirds
+
+
+def split_thirds(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """All queries, all keys, all values."""
+    return [part.unflatten(0, (-1, head_dim)) for part in rows.chunk(3)]
+
+
+def split_phi3(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """The same, with as many keys and values as there are."""
+    query, rest = rows.split((NUM_ATTENTION_HEADS * head_dim, len(rows) - NUM_ATTENTION_HEADS * head_dim))
+    return [part.unflatten(0, (-1, head_dim)) for part in (query, *rest.chunk(2))]
+
+
+def split_groups(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """The query heads of a group side by side, then their key and value: GPT-NeoX, BLOOM, any Falcon, GPT-BigCode."""
+    groups = (len(rows) // head_dim - NUM_ATTENTION_HEADS) // 2
+    grouped = rows.unflatten(0, (groups, -1, head_dim))
+    return [grouped[:, :-2].flatten(0, 1), grouped[:, -2], grouped[:, -1]]
+
+
+def split_quarters(rows: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """CodeGen: four blocks of queries, values and keys, in this order."""
+    query, value, key = rows.unflatten(0, (4, 3, -1, head_dim)).unbind(1)
+    return [part.flatten(0, 1) for part in (query, key, value)]
 
 
 OWN_NORMS = {
@@ -153,7 +193,7 @@ def assert_same_logits(student: PreTrainedModel, oracle: PreTrainedModel) -> Non
     real = tokens_and_mask()[1].bool()
     for attention in ATTENTIONS:
         use_attention(student, attention)
-        use_attention(oracle, attention)
+        use_attention(oracle, attention, or_skip=False)
         assert_close_for_float32(logits_of(student), logits_of(oracle))
         assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(oracle, padded=True)[real])
 

@@ -82,6 +82,18 @@ def test_bundle_keeps_its_experts_when_it_is_saved_again(model_type, tmp_path):
 
 
 @every_mixture
+def test_tied_experts_are_refused_where_they_are_stored_one_by_one(model_type, tmp_path):
+    donor = stored_donor(model_type, "published", tmp_path / "donor")
+    plan = {"num_key_value_heads": 2, "share_every": 2}
+    with pytest.raises(Refusal, match=r"^sharing = albert: ties feed-forwards, .* Use albert_attention, or convert"):
+        convert_checkpoint(tmp_path / "donor", tmp_path / "student", sharing="albert", **plan)
+    convert_checkpoint(tmp_path / "donor", tmp_path / "student", sharing="albert_attention", **plan)
+    expected = convert(donor, sharing="albert_attention", **plan)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(logits_of(student), logits_of(expected))
+
+
+@every_mixture
 def test_a_missing_expert_is_refused(model_type, tmp_path):
     stored_donor(model_type, "published", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -1,5 +1,7 @@
 """Every family, every way of sharing: the student computes what its donor computes when it is made to share, by hooks."""
 
+from itertools import product
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -17,13 +19,13 @@ from hf_gqa.convert.plan import ConversionPlan
 from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 
-from .sharing_students import DEPTH, PLANS, deep_donor, every_case, oracle_of, sharing_student
-from .test_conformance import assert_close_for_float32, assert_same_tensors, every_attention, every_family, logits_of
+from .sharing_students import CASES, DEPTH, PLANS, deep_donor, every_case, every_family, oracle_of, sharing_student
+from .test_conformance import assert_close_for_float32, assert_same_tensors, every_attention, logits_of
 from .test_in_memory_equals_on_disk import ONE_TENSOR_EACH, assert_same_student, stored, written
-from .tiny_donors import tokens_and_mask
+from .tiny_donors import ENCODERS, tokens_and_mask
 
 
-@every_case
+@pytest.mark.parametrize(("model_type", "plan"), [*CASES, *product(ENCODERS, ("mixed", "albert", "echo"))])
 @every_attention
 def test_student_equals_the_donor_made_to_share(model_type, plan, attention):
     student, oracle = sharing_student(model_type, plan, attention), oracle_of(model_type, plan, attention)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from .sharing_students import every_case, sharing_student
-from .test_conformance import assert_close_for_float32, every_attention, every_family, logits_of
+from .sharing_students import every_case, every_family, sharing_student
+from .test_conformance import assert_close_for_float32, every_attention, logits_of
 from .test_conformance_decoding import VARIED, assert_cached_equals_uncached, assert_same_generation, generate
 from .tiny_donors import tokens_and_mask
 

@@ -10,8 +10,8 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.runtime.layer_plan import read_rows
 from hf_gqa.weights.head_tensors import read_heads
 
-from .sharing_students import every_case, oracle_of, sharing_student
-from .test_conformance import DROPOUTS, assert_close_for_float32, every_attention, every_family
+from .sharing_students import every_case, every_family, oracle_of, sharing_student
+from .test_conformance import DROPOUTS, assert_close_for_float32, every_attention
 from .test_conformance_gradients import enable_checkpointing, gradients
 from .tiny_donors import NUM_ATTENTION_HEADS, tokens_and_mask
 
@@ -55,7 +55,8 @@ def canonical(model, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             strict=True,
         ):
             for kind, tensor in zip(("weight", "bias"), tensors, strict=True):
-                rest[f"{path}.{state[0]}_proj.{kind}"] = tensor.flatten(0, 1)
+                if tensor is not None:
+                    rest[f"{path}.{state[0]}_proj.{kind}"] = tensor.flatten(0, 1)
     return rest
 
 

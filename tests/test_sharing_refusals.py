@@ -260,3 +260,10 @@ def test_commands_share(tmp_path):
     assert weights[0] == weights[1]
     result = run_cli("verify", tmp_path / "one", "--donor", donor)
     assert result.exit_code == 0, result.output
+
+
+def test_family_whose_blocks_hand_nothing_on_shares_weights_only():
+    with pytest.raises(
+        Refusal, match=r"blocks of a stablelm hand nothing from layer to layer, .* Use sharing = albert\."
+    ):
+        convert(deep_donor("stablelm"), sharing="echo", share_every=2)

@@ -6,8 +6,10 @@ import pytest
 from transformers import AutoConfig, DogeForCausalLM
 
 from hf_gqa import Refusal, convert, open_donor
-from hf_gqa.convert.families import FAMILIES
+from hf_gqa.convert.families import FAMILIES, check_flags, native_config_class
 from hf_gqa.convert.unsupported import UNSUPPORTED
+
+from .tiny_donors import tiny_donor
 
 
 ENTRIES = [(name, entry) for entry in UNSUPPORTED for name in entry.model_types]
@@ -51,3 +53,24 @@ def test_unknown_family_without_a_neighbour_lists_the_known(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "xyz"}))
     with pytest.raises(Refusal, match=r"its heads\. docs/add-a-family\.md says how to add one\. Known: .*llama, "):
         open_donor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flag, having",
+    [("qk_layernorm", " Families that have it: phi, stablelm."), ("clip_qkv", "")],
+    ids=["known", "unknown"],
+)
+def test_variant_flag_that_the_native_class_would_ignore_is_refused(flag, having, tmp_path):
+    tiny_donor("llama").save_pretrained(tmp_path)
+    open_donor(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {flag: True}))
+    with pytest.raises(Refusal) as refused:
+        open_donor(tmp_path)
+    message = f"{flag} = True changes attention, and transformers' 'llama' has no such field: it would ignore it."
+    assert message in str(refused.value) and str(refused.value).endswith(f"trained with.{having}")
+
+
+def test_variant_flags_that_the_family_has_are_none():
+    for name, flag in (("phi", "qk_layernorm"), ("cohere", "use_qk_norm"), ("gemma2", "attn_logit_softcapping")):
+        check_flags({flag: True}, native_config_class(name), name)

@@ -55,12 +55,12 @@ def candidate_pairs(kinds: tuple[str, ...], reach: int | None, where: str) -> li
 
 def resolved_sample_tokens(donor: Donor, asked: int | None) -> int:
     """The paper's 512, or the longest that the donor takes, unless another length is asked for."""
-    longest = getattr(donor.config, "max_position_embeddings", None) or PAPER_SAMPLE_TOKENS
-    if asked is not None and asked > longest:
+    longest = donor.longest_tokens
+    if asked is not None and longest is not None and asked > longest:
         raise Refusal(
             f"sample_tokens = {asked:,}: '{donor.name}' has positions for {longest:,} tokens. Use {longest:,} or fewer."
         )
-    return asked or min(PAPER_SAMPLE_TOKENS, longest)
+    return asked or min(PAPER_SAMPLE_TOKENS, longest or PAPER_SAMPLE_TOKENS)
 
 
 def rows_of_text(recipe: AnalysisRecipe, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int) -> torch.Tensor:

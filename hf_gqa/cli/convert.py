@@ -27,12 +27,40 @@ from .options import (
     TrustRemoteCode,
     WeightsOnly,
 )
-from .plan_options import PlanFile, SharedInit, SharedLayers, ShareEvery, Sharing, asked_plan, parsed_layers, read_plan
+from .plan_options import (
+    ConvertEncoder,
+    PlanFile,
+    SharedInit,
+    SharedLayers,
+    ShareEvery,
+    Sharing,
+    asked_plan,
+    parsed_layers,
+    read_plan,
+)
 from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
 from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
 
 
 METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
+
+
+KEY_VALUE_ROWS = (
+    ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
+    ("cache per token", cache_in_words),
+)
+ENCODER_ROWS = (
+    ("KV heads, cross-attention", lambda side: heads_in_words(side["num_key_value_heads_cross"])),
+    ("KV heads, encoder", lambda side: heads_in_words(side["num_key_value_heads_encoder"])),
+    ("cache per token read", lambda side: human_bytes(side["cache_bytes_per_encoder_token"])),
+)
+ROWS = (
+    ("query heads", lambda side: str(side["num_attention_heads"])),
+    ("parameters", lambda side: human_count(side["parameters"])),
+    ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
+    ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
+    ("model type", lambda side: side["model_type"]),
+)
 
 
 def convert(
@@ -51,6 +79,7 @@ def convert(
     layer_heads: LayerHeads = None,
     kv_budget: KvBudget = None,
     cache_budget: CacheBudget = None,
+    convert_encoder: ConvertEncoder = False,
     seed: int = typer.Option(0, help="Seed of methods that draw random numbers."),
     calibration: CalibrationFiles = None,
     calibration_dataset: CalibrationDataset = None,
@@ -78,6 +107,7 @@ def convert(
             "export": export,
             "seed": seed,
             "layer_plan": rows_of_layers(layer_heads),
+            "convert_encoder": convert_encoder,
         }
         wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
         plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
@@ -131,15 +161,7 @@ def _print_plan(explanation: Explanation, output: Path, found: FoundPlan | None)
 def print_explanation(explanation: Explanation, output: Path) -> None:
     before, after = explanation.before, explanation.after
     table = Table("", "donor", "student", title=f"{explanation.donor} -> {output}", title_justify="left")
-    for name, describe in (
-        ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
-        ("query heads", lambda side: str(side["num_attention_heads"])),
-        ("cache per token", cache_in_words),
-        ("parameters", lambda side: human_count(side["parameters"])),
-        ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
-        ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
-        ("model type", lambda side: side["model_type"]),
-    ):
+    for name, describe in (*KEY_VALUE_ROWS, *(ENCODER_ROWS if "num_key_value_heads_encoder" in before else ()), *ROWS):
         table.add_row(name, describe(before), describe(after))
     out = console()
     out.print(table)

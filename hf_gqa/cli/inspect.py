@@ -35,6 +35,10 @@ def inspect(
         f"  parameters     {human_count(found['parameters'])} ({human_bytes(found['weight_bytes'])}, {found['dtype']})"
     )
     out.print(f"  cache/token    {cache_in_words(found)}")
+    if "num_key_value_heads_encoder" in found:
+        out.print(f"  cross          {heads_in_words(found['num_key_value_heads_cross'])}")
+        out.print(f"  encoder        {heads_in_words(found['num_key_value_heads_encoder'])}")
+        out.print(f"  cache/read     {human_bytes(found['cache_bytes_per_encoder_token'])} for each token that is read")
     out.print(f"  family         {family_in_words(found['family'])}")
     what = "cache/token" if found["cache_bytes_per_token"] else "keys, values/token"
     table = Table("KV heads", "method", what, "of donor", "tensor parallel", "export", "because")

@@ -28,10 +28,24 @@ SharedInit = Annotated[
         help=f"What shared weights start from: {', '.join(SHARED_INITS)}; own is the lender's, mean that of all who use it."
     ),
 ]
+ConvertEncoder = Annotated[
+    bool,
+    typer.Option(
+        "--convert-encoder",
+        help="Of an encoder-decoder, convert the encoder too; its keys and values are never cached.",
+    ),
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="File with a plan (YAML), in place of the options that say the same.")
 ]
-OPTIONS = {"method": "mean_pool", "sharing": "own", "shared_init": "own", "export": "auto", "seed": 0}
+OPTIONS = {
+    "method": "mean_pool",
+    "sharing": "own",
+    "shared_init": "own",
+    "export": "auto",
+    "seed": 0,
+    "convert_encoder": False,
+}
 
 
 def parsed_layers(given: str | None) -> tuple[int, ...] | None:

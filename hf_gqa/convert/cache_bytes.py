@@ -196,7 +196,9 @@ def key_value_heads(config: PretrainedConfig) -> list[int] | None:
     """KV heads of each layer as any decoder's configuration says; None where it says nothing about heads."""
     if getattr(config, "layer_plan", None) is not None:
         return [row["num_key_value_heads"] for row in config.layer_plan]
-    default = 1 if getattr(config, "multi_query", False) else getattr(config, "num_attention_heads", None)
+    repeats_first = getattr(config, "new_decoder_architecture", False)  # a native Falcon caches what it has repeated
+    one = getattr(config, "multi_query", False) and not repeats_first
+    default = 1 if one else getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or default
     return None if heads is None else [heads] * config.num_hidden_layers
 

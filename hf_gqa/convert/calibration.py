@@ -84,6 +84,7 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
     Warns:
         UserWarning: too few tokens for the donor's width.
     """
+    check_decoder(donor)
     _check_rows(tokens_NL, donor)
     tokens_NL, needed = tokens_NL.to(torch.int32), TOKENS_PER_DIMENSION * donor.config.hidden_size
     if tokens_NL.numel() < needed:
@@ -108,13 +109,22 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
     return Calibration(donor=fingerprint(donor), tokens_NL=tokens_NL, statistics=tuple(statistics))
 
 
+def check_decoder(donor: Donor) -> None:
+    """Raises Refusal for a donor that reads one text and writes another: rows of tokens do not say which is which."""
+    if donor.layout.cross_attention is not None:
+        raise Refusal(
+            f"calibration: '{donor.name}' is an encoder-decoder, whose cross-attention reads pairs of texts, and a calibration "
+            f"is of single ones. Leave it out: methods such as mean_pool, group, align and fold go by the weights alone."
+        )
+
+
 def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
     if tokens_NL.dim() != 2 or tokens_NL.is_floating_point() or not tokens_NL.numel():
         raise Refusal(
             f"calibration: got {tokens_NL.dtype} of shape {list(tokens_NL.shape)}. Give rows of token ids, [rows, tokens]."
         )
-    longest, vocabulary = donor.config.max_position_embeddings, donor.config.vocab_size
-    if tokens_NL.shape[1] > longest:
+    longest, vocabulary = donor.longest_tokens, donor.config.vocab_size
+    if longest is not None and tokens_NL.shape[1] > longest:
         raise Refusal(
             f"calibration: rows of {tokens_NL.shape[1]:,} tokens are longer than max_position_embeddings = {longest:,} of "
             f"'{donor.name}'. Give shorter rows."
@@ -165,6 +175,7 @@ def calibrated(
     """
     if calibration is None:
         return {}
+    check_decoder(donor)
     if isinstance(calibration, Calibration) and calibration.donor != fingerprint(donor):
         raise Refusal(
             f"calibration: was made with another donor than '{donor.name}', whose weights differ. Calibrate this one."

@@ -2,37 +2,24 @@
 
 import copy
 import json
-import os
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..weights.checkpoint import FLOAT_DTYPES, Checkpoint, StateDict
+from ..runtime.attention_sites import ENCODER, AttentionSite, attention_sites
+from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
-from .families import Family, family_of, native_class
-
-
-CARRIED_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "spiece.model",
-    "generation_config.json", "chat_template*", "additional_chat_templates/*", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-WEIGHT_FILES = (
-    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "conversion_manifest.json",
-)  # fmt: skip
-REBUILT_BUFFERS = r"embeddings\.position_ids$|rotary_emb\.inv_freq$|\.attn\.masked_bias$"
+from .donor_folder import locate
+from .donor_sites import check_heads, check_is_whole, key_value_heads
+from .families import Family, check_flags, family_of, native_class
+from .stored_tensors import check_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +37,7 @@ class Donor:
         model_class: the native or own class that its tensors belong to.
         tensors: where its tensors come from.
         dropped: names of tensors that the class rebuilds itself and that are not carried along.
+        as_published: whether they are in a layout that transformers converts when it loads, such as experts by themselves.
     """
 
     name: str
@@ -64,15 +52,27 @@ class Donor:
     model_class: type[PreTrainedModel]
     tensors: Checkpoint | StateDict
     dropped: frozenset[str]
+    as_published: bool
+
+    @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Every attention, in the order of the rows."""
+        return attention_sites(self.layout, self.config)
 
     @property
     def num_attention_heads(self) -> int:
-        return self.config.num_attention_heads
+        """Of the decoder."""
+        return self.sites[0].num_attention_heads
 
     @property
     def num_key_value_heads(self) -> list[int]:
-        """Of each layer."""
-        return _key_value_heads(self.config, self.layout)
+        """Of each attention: without an encoder, of each layer."""
+        return key_value_heads(self.family, self.layout, self.config)
+
+    @property
+    def cached_key_value_heads(self) -> list[int]:
+        """Of each attention but an encoder's below a decoder, which caches nothing."""
+        return [n for site, n in zip(self.sites, self.num_key_value_heads, strict=True) if site.kind != ENCODER]
 
     @property
     def has_head_norms(self) -> bool:
@@ -81,8 +81,15 @@ class Donor:
         return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
+    def longest_tokens(self) -> int | None:
+        """Of a row; None where positions have no end."""
+        config = self.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+    @property
     def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_attention_heads
+        """Of the decoder."""
+        return self.sites[0].head_dim
 
 
 def open_donor(
@@ -101,7 +108,7 @@ def open_donor(
     Raises:
         Refusal: anything missing, unreadable, contradictory, quantized, pickled, or of an unknown family.
     """
-    folder, commit = _locate(str(name_or_path), revision)
+    folder, commit = locate(str(name_or_path), revision)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
     composite, model_type = composite_of(raw, str(folder / "config.json"))
@@ -120,21 +127,13 @@ def open_donor(
                 f"something else. Use --weights-only to convert its tensors as this hf_gqa understands them."
             )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
+    if composite is None:
+        check_flags(raw, type(config), str(folder / "config.json"))
     model_class = _model_class(raw, config, family, folder / "config.json")
     donor = _checked_donor(name, folder, commit, config, raw, family, model_class, Checkpoint(folder), composite)
     if ships_code(raw, family) and trust_remote_code:
         _compare_with_own_code(donor)
     return donor
-
-
-def carry_files(folder: Path, destination: Path) -> None:
-    """Copy what goes with a donor's weights into its student: tokenizer, generation settings, licence."""
-    for pattern in CARRIED_FILES:
-        for source in sorted(folder.glob(pattern)):
-            if source.is_file() and source.suffix not in (".py", ".safetensors"):
-                copy = destination / source.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, copy)
 
 
 def ships_code(raw_config: dict, family: Family) -> bool:
@@ -169,37 +168,6 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
             f"else. Load the checkpoint with the native class of '{family.model_type}'."
         )
     return _checked_donor(where, None, None, model.config, None, family, type(model), StateDict(state), composite)
-
-
-def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of a donor, and the commit if it came from the Hub."""
-    path = Path(os.path.expanduser(name_or_path))
-    if path.is_dir() and revision is not None:
-        raise Refusal(f"{path}: is a folder, which has no revision '{revision}'. Leave --revision out.")
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise Refusal(f"{path}: the folder is empty. Give a folder with config.json and safetensors weights.")
-        return path, None
-    if path.exists():
-        raise Refusal(f"{path}: is a file. Give the folder that holds config.json and the weights.")
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise Refusal(f"{path}: no such folder. Give a folder with config.json and safetensors weights.")
-    try:
-        folder = Path(
-            snapshot_download(
-                name_or_path,
-                revision=revision,
-                allow_patterns=[*WEIGHT_FILES, *CARRIED_FILES, "*.py"],
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Refusal(
-            f"{name_or_path}: neither a folder here nor a repository that could be fetched ({type(error).__name__}: "
-            f"{reason}). Check the spelling, your access, and HF_HUB_OFFLINE."
-        ) from None
-    return folder, folder.name
 
 
 def _read_config(path: Path) -> dict:
@@ -252,30 +220,26 @@ def _model_class(raw: dict, config: PretrainedConfig, family: Family, path: Path
 def _checked_donor(name, folder, revision, model_config, raw, family, model_class, tensors, composite) -> Donor:
     where = str(folder or name)
     config = model_config if composite is None else model_config.get_text_config()
-    layout = family.layout_of(config.model_type)
+    layout, obstacle = family.layout_of(config.model_type), family.donor_obstacle(config)
+    if obstacle is not None:
+        raise Refusal(f"{where}: {obstacle}. Such donors cannot be converted.")
     if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
         raise Refusal(
             f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
             f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
         )
-    for heads in set(_key_value_heads(config, layout)):
-        if heads < 1 or config.num_attention_heads % heads:
-            raise Refusal(
-                f"{where}: {heads} KV heads do not divide num_attention_heads = {config.num_attention_heads}, so no model "
-                f"of this configuration can run. Correct config.json."
-            )
+    check_heads(where, config, family, layout)
     try:
         plain = copy.deepcopy(model_config)
-        plain._attn_implementation = (
-            "eager"  # a loaded model may have been given one that its class does not start with
-        )
+        plain._attn_implementation = "eager"  # a loaded model may have been given one its class does not start with
         with torch.device("meta"):
             model = model_class(plain)
     except Exception as error:  # whatever the native class raises on values it cannot take
         raise Refusal(
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
-    dropped = _check_tensors(where, model, composite, tensors)
+    check_is_whole(where, model, family)
+    dropped, as_published = check_tensors(where, model, family, composite, tensors)
     return Donor(
         name=name,
         folder=folder,
@@ -289,72 +253,8 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         model_class=model_class,
         tensors=tensors,
         dropped=dropped,
+        as_published=as_published,
     )
-
-
-def _check_tensors(
-    where: str, model: PreTrainedModel, composite: Composite | None, tensors: Checkpoint | StateDict
-) -> frozenset[str]:
-    """Compare what is stored with what `model` (without values) has; returns the stored tensors that it rebuilds itself.
-
-    A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and in the layout of
-    the class or in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
-    """
-
-    def plain(name: str) -> str:
-        name = name.removeprefix(f"{model.base_model_prefix}.")
-        return name if composite is None else composite.plain(name)
-
-    states = [model.state_dict(), revert_weight_conversion(model, model.state_dict())]
-    layouts = [{plain(name): tuple(t.shape) for name, t in state.items()} for state in states]
-    stored = {}
-    for name in (name for names in tensors.shards.values() for name in names):
-        twin = stored.setdefault(plain(name), name)
-        if twin != name:
-            raise Refusal(
-                f"{where}: '{name}' and '{twin}' are the same tensor of the model. Remove the one that is not meant."
-            )
-    expected = max(layouts, key=lambda shapes: len(shapes.keys() & stored.keys()))
-    rebuilt = re.compile("|".join([REBUILT_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
-    extra = sorted(stored.keys() - expected.keys())
-    unknown = [stored[name] for name in extra if not rebuilt.search(name)]
-    if unknown:
-        raise Refusal(
-            f"{where}: '{unknown[0]}' is no tensor of {type(model).__name__} ({len(unknown)} such tensors). "
-            f"Load the donor with its own class and save it again, so that only its tensors remain."
-        )
-    tied = {plain(name) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
-    missing = sorted(expected.keys() - stored.keys() - tied)
-    if missing:
-        raise Refusal(
-            f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "
-            f"Download the donor again."
-        )
-    for name, shape in expected.items():
-        if name in stored:
-            _check_tensor(where, stored[name], shape, tensors)
-    return frozenset(stored[name] for name in extra)
-
-
-def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkpoint | StateDict) -> None:
-    if tensors.shape(name) != shape:
-        raise Refusal(
-            f"{where}: '{name}' has shape {list(tensors.shape(name))}, but its configuration says {list(shape)}. "
-            f"Weights and config.json are not of the same model: download both again."
-        )
-    if tensors.dtype(name) not in FLOAT_DTYPES.values():
-        raise Refusal(
-            f"{where}: '{name}' is stored as {tensors.dtype(name)}, which looks quantized. "
-            f"Convert the original weights (F64, F32, F16 or BF16)."
-        )
-
-
-def _key_value_heads(config: PretrainedConfig, layout: AttentionLayout) -> list[int]:
-    plan = getattr(config, "layer_plan", None)
-    if plan is not None:
-        return [row["num_key_value_heads"] for row in plan]
-    field = layout.key_value_heads_field or "num_attention_heads"
-    return [getattr(config, field)] * config.num_hidden_layers
 
 
 def _first_value(mapping) -> str:

@@ -41,7 +41,7 @@ def convert(
     plan = make_plan(plan, plan_fields)
     donor = donor_from_model(model)
     target = choose_target(donor, plan)
-    state, attention = {}, model.config._attn_implementation
+    state, attention = {}, _attention_for(target.model_class, model.config._attn_implementation)
     for _, tensors in converted_shards(donor, plan, target, **calibrated(donor, plan, target, calibration, model)):
         state.update((name, tensor.clone()) for name, tensor in tensors.items())
     student, loading = target.model_class.from_pretrained(
@@ -60,6 +60,11 @@ def convert(
         student.generation_config = copy.deepcopy(model.generation_config)
     student.train(model.training)
     return student.to(model.device)
+
+
+def _attention_for(model_class: type[PreTrainedModel], wanted: str) -> str | None:
+    """The donor's attention implementation; the default where a class does not call attention through an interface."""
+    return wanted if wanted == "eager" or model_class._can_set_attn_implementation() else None
 
 
 def _restore_dtypes(student: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ Shapes: N rows, L tokens of a row, B rows of a batch, E hidden.
 """
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..methods import METHODS, MethodContext, StudentOnText, method_kind
 from ..weights.attention_weights import AttentionWeights
@@ -38,7 +38,7 @@ def converted_layer(
             layer_idx=layer_idx,
             num_key_value_heads=num_key_value_heads,
             seed=plan.seed,
-            initializer_range=donor.config.initializer_range,
+            initializer_range=_initializer_range(donor.config),
             rotation=rotation_of(donor.layout, donor.config, donor.head_dim, layer_idx),
             head_norms=donor.has_head_norms,
             statistics=statistics,
@@ -50,6 +50,14 @@ def converted_layer(
             before = changed
         heads = changed
     return heads
+
+
+def _initializer_range(config: PretrainedConfig) -> float:
+    """Standard deviation of key and value projections before training; families say it in three ways."""
+    for field in ("initializer_range", "init_std"):
+        if getattr(config, field, None) is not None:
+            return getattr(config, field)
+    return config.initializer_factor * config.hidden_size**-0.5
 
 
 class SequentialConversion:

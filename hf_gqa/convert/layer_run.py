@@ -167,6 +167,8 @@ def _mask_of(attention: nn.Module, candidates: list, inputs_BLE: torch.Tensor) -
     mask = torch.zeros(1, 1, length, length, device=inputs_BLE.device)
     if getattr(attention, "is_causal", True):
         mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
+    if getattr(attention, "attention_type", None) == "local":  # GPT-Neo narrows the mask inside its attention
+        mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).tril(-attention.config.window_size), -torch.inf)
     for given in candidates:
         if isinstance(given, torch.Tensor) and given.dim() == 4:
             mask = mask.masked_fill(~given, -torch.inf) if given.dtype == torch.bool else mask + given

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
@@ -33,19 +34,23 @@ def tied_parameters(target: Target) -> dict[str, str]:
     """Names, below the base model, of parameters that are another layer's -> names of that layer's."""
     if all(row.parameters_from is None for row in target.rows):
         return {}
-    with torch.device("meta"):
-        return target.model_class(target.config).base_model.tied_layers
+    return _without_values(target, target.config.layer_plan).base_model.tied_layers
 
 
 def removed_parameters(target: Target) -> int:
     """Numbers that the student has fewer than one whose layers, with the same KV heads, own all."""
     if not any(row.borrows for row in target.rows):
         return 0
-    alone = copy.deepcopy(target.config)
-    alone.layer_plan = [{"num_key_value_heads": row.num_key_value_heads} for row in target.rows]
-    with torch.device("meta"):
-        owning, student = target.model_class(alone), target.model_class(target.config)
+    alone = [{"num_key_value_heads": row.num_key_value_heads} for row in target.rows]
+    owning, student = (_without_values(target, rows) for rows in (alone, target.config.layer_plan))
     return sum(p.numel() for p in owning.parameters()) - sum(p.numel() for p in student.parameters())
+
+
+def _without_values(target: Target, rows: list[dict]) -> PreTrainedModel:
+    config = copy.deepcopy(target.config)
+    config.layer_plan, config._attn_implementation = rows, "eager"  # which every native class has
+    with torch.device("meta"):
+        return target.model_class(config)
 
 
 def borrowers(rows: Rows, layer_idx: int, column: str) -> list[int]:

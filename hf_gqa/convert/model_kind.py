@@ -26,8 +26,8 @@ def kind_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> str
     if model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return None
     if getattr(config, "is_encoder_decoder", False):
-        written = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-        return SEQ2SEQ if written is not None and name.removeprefix("GQA") == written else None
+        native = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+        return SEQ2SEQ if name == native or name.endswith("ForSeq2SeqLM") else None
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return CAUSAL_LM
     if name.endswith("ForMaskedLM"):

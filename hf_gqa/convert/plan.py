@@ -33,6 +33,7 @@ class ConversionPlan:
         layer_plan: in place of all these, the rows of the table, for what no pattern says.
         export: "native" for the donor's own class, "bundle" for self-contained code, "auto" for native if it can be.
         seed: of the methods that draw random numbers.
+        convert_encoder: whether the encoder of an encoder-decoder is converted too; it caches no keys and values.
 
     Raises:
         Refusal: an unknown name, or a value out of range.
@@ -47,6 +48,7 @@ class ConversionPlan:
     layer_plan: tuple[dict, ...] | None = None
     export: str = "auto"
     seed: int = 0
+    convert_encoder: bool = False
 
     def __post_init__(self):
         method = self.method.split(",") if isinstance(self.method, str) else self.method
@@ -68,6 +70,8 @@ class ConversionPlan:
             raise Refusal(f"num_key_value_heads = {heads!r} is not a positive whole number. Use 1 or more.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise Refusal(f"seed = {self.seed!r} is not a whole number from 0. Use 0 or more.")
+        if not isinstance(self.convert_encoder, bool):
+            raise Refusal(f"convert_encoder = {self.convert_encoder!r} is not true or false. Use one of these.")
         if self.export not in EXPORTS:
             raise Refusal(f"export = {self.export!r} is unknown. Use one of {', '.join(EXPORTS)}.")
         self._check_sharing()

@@ -1,6 +1,5 @@
 """Donor tensors in, student tensors out, one donor shard at a time."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -58,30 +57,33 @@ def converted_shards(
 
 
 def layer_heads(donor: Donor) -> Iterator[tuple[int, AttentionWeights]]:
-    """Yield each layer's index and its heads as the donor has them."""
+    """Yield the number of each row and the heads that it is about, as the donor has them."""
     names = {name for shard in donor.tensors.shards.values() for name in shard}
-    pattern = _head_tensor_pattern(donor)
-    attention = {int(match["layer"]): match["attention"] for match in map(pattern.fullmatch, names) if match}
-    for layer_idx, path in sorted(attention.items()):
-        yield layer_idx, _read_layer(donor, path, names)
+    places = head_tensors(donor)
+    for row_idx, path in sorted({places[name] for name in names & places.keys()}):
+        yield row_idx, _read_row(donor, row_idx, path, names)
 
 
-def _head_tensor_pattern(donor: Donor) -> re.Pattern:
-    """Matches full names of tensors that hold heads; groups `attention` (the path) and `layer` (the index)."""
-    begin, _, end = donor.layout.attention.partition("{layer_idx}")
-    begins = [begin] if donor.composite is None else donor.composite.stored_paths(begin)
-    before, after = "|".join(map(re.escape, begins)), re.escape(end)
-    heads = "|".join(re.escape(name).replace(r"\{head\}", r"\d+") for name in head_tensor_names(donor.layout))
-    prefix = re.escape(donor.model_class.base_model_prefix)
-    return re.compile(rf"(?P<attention>(?:{prefix}\.)?(?:{before})(?P<layer>\d+){after})\.(?:{heads})")
+def head_tensors(donor: Donor) -> dict[str, tuple[int, str]]:
+    """Full name of every tensor that can hold heads -> (number of its row, path of its attention)."""
+    paths = (lambda path: [path]) if donor.composite is None else donor.composite.stored_paths
+    return {
+        f"{prefix}{path}.{name.format(head=head)}": (row_idx, f"{prefix}{path}")
+        for row_idx, site in enumerate(donor.sites)
+        for path in paths(site.path)
+        for prefix in ("", f"{donor.model_class.base_model_prefix}.")
+        for name in head_tensor_names(donor.layout)
+        for head in range(site.num_attention_heads if "{head}" in name else 1)
+    }
 
 
-def _read_layer(donor: Donor, attention: str, names: set[str]) -> AttentionWeights:
+def _read_row(donor: Donor, row_idx: int, attention: str, names: set[str]) -> AttentionWeights:
     def get(name: str) -> torch.Tensor | None:
         full = f"{attention}.{name}"
         return donor.tensors.get(full) if full in names else None
 
-    return read_heads(donor.layout, get, donor.num_attention_heads, donor.head_dim)
+    site = donor.sites[row_idx]
+    return read_heads(donor.layout, get, site.num_attention_heads, site.head_dim)
 
 
 def _check_finite(donor: Donor, name: str) -> None:
@@ -109,38 +111,42 @@ class _Surgery:
         self.donor, self.plan, self.target = donor, plan, target
         self.statistics, self.converted = statistics, converted
         self.names = {name for names in donor.tensors.shards.values() for name in names}
-        self.head_tensor = _head_tensor_pattern(donor)
+        self.places = head_tensors(donor)
         self.prefix = f"{donor.model_class.base_model_prefix}."
         self.borrowed = borrowed_pattern(target.rows, target.layout)
         self.tied = tied_parameters(target)
-        self.attention = {
-            int(match["layer"]): match["attention"] for match in map(self.head_tensor.fullmatch, self.names) if match
-        }
+        self.attention = dict(map(self.places.get, self.names & self.places.keys()))
         self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # converted tensors whose place has not come yet
 
     def student_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """A student tensor stands where the donor has one of its name, else where its layer begins."""
-        match = self.head_tensor.fullmatch(name)
-        if match is None:
+        if name not in self.places:
             if self.gone(name):
                 return {}
-            return {name: self.target.passed_through(name, self.passed_through(name))}
-        layer_idx = int(match["layer"])
-        begins = layer_idx not in self.waiting
+            return {self.student_name(name): self.target.passed_through(name, self.passed_through(name))}
+        row_idx, attention = self.places[name]
+        begins = row_idx not in self.waiting
         if begins:
-            self.waiting[layer_idx] = self.converted_layer(layer_idx, match["attention"])
-        waiting = self.waiting[layer_idx]
+            self.waiting[row_idx] = self.converted_row(row_idx, attention)
+        waiting = self.waiting[row_idx]
         here = [new for new in waiting if new == name or (begins and new not in self.names)]
         return {new: waiting.pop(new) for new in here}
 
-    def converted_layer(self, layer_idx: int, attention: str) -> dict[str, torch.Tensor]:
-        heads = self.converted.get(layer_idx)
+    def student_name(self, name: str) -> str:
+        """Of a tensor outside attention: as our own class calls it, or as native checkpoints store it."""
+        family = self.donor.family
+        if self.target.export == "bundle":
+            return family.own_name(name)
+        return family.stored_names.get(name, name)
+
+    def converted_row(self, row_idx: int, attention: str) -> dict[str, torch.Tensor]:
+        heads = self.converted.get(row_idx)
         if heads is None:
-            statistics = None if self.statistics is None else self.statistics[layer_idx]
-            own = lent_heads(self.donor_heads, self.target.rows, layer_idx, self.plan.shared_init)
-            wanted = self.target.rows[layer_idx].num_key_value_heads
-            heads = converted_layer(self.donor, self.plan, own, layer_idx, wanted, statistics)
-            check_readers(self.plan, self.target.rows, layer_idx, own, heads)
+            statistics = None if self.statistics is None else self.statistics[row_idx]
+            own = lent_heads(self.donor_heads, self.target.rows, row_idx, self.plan.shared_init)
+            wanted = self.target.rows[row_idx].num_key_value_heads
+            heads = converted_layer(self.donor, self.plan, own, row_idx, wanted, statistics)
+            check_readers(self.plan, self.target.rows, row_idx, own, heads)
         written = write_heads(self.target.layout, heads)
         named = {f"{attention}.{name}": tensor for name, tensor in written.items()}
         return {name: tensor for name, tensor in named.items() if not self.gone(name)}
@@ -158,5 +164,5 @@ class _Surgery:
             return self.donor.tensors.get(name)
         return mean([self.donor.tensors.get(member) for member in (name, *tied)])
 
-    def donor_heads(self, layer_idx: int) -> AttentionWeights:
-        return _read_layer(self.donor, self.attention[layer_idx], self.names)
+    def donor_heads(self, row_idx: int) -> AttentionWeights:
+        return _read_row(self.donor, row_idx, self.attention[row_idx], self.names)

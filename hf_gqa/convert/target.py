@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -13,9 +13,10 @@ from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..runtime.layer_plan import LayerPlan, check_rows
 from .donor import Donor
-from .families import native_class
+from .families import family_of, native_class
 from .plan import ConversionPlan, check_plan
 from .relatives import RELATIVES, Relative
+from .rows_with_encoder import checked_rows_with_encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +26,9 @@ class Target:
     Args:
         export: "native" or "bundle".
         reason: why this export, in one sentence.
-        rows: one row per layer.
+        rows: one row for each attention of the donor: without an encoder, per layer.
         same_class: whether the student's class and tensor names are the donor's.
+        changed_fields: of the donor's configuration, where the class is the donor's.
         passed_through: (name, tensor) -> tensor, for tensors outside attention.
     """
 
@@ -37,6 +39,7 @@ class Target:
     layout: AttentionLayout
     rows: tuple[LayerPlan, ...]
     same_class: bool
+    changed_fields: dict = field(default_factory=dict)
     passed_through: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
 
 
@@ -59,11 +62,17 @@ def choose_target(donor: Donor, plan: ConversionPlan) -> Target:
 
 def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     """The plan's table, when it fits the donor's heads and layers."""
+    if donor.layout.cross_attention is not None:
+        return checked_rows_with_encoder(donor, plan)
     sharing = [n for n, row in enumerate(getattr(donor.config, "layer_plan", None) or []) if len(row) > 1]
     if sharing:
         raise Refusal(
             f"'{donor.name}': its layer {sharing[0]} borrows from another, and a student cannot be converted further. "
             f"Convert its donor, with a plan that says all of it."
+        )
+    if plan.convert_encoder:
+        raise Refusal(
+            f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out."
         )
     types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
     rows = plan.rows(donor.num_key_value_heads, types)
@@ -75,6 +84,16 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     except ValueError as error:
         raise Refusal(str(error)) from None
     _check_shared_init(plan, rows)
+    if not donor.layout.passes_keywords and any(row.borrows_states for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: layers of a {donor.layout.model_type} cannot lend each other queries, keys or values, "
+            f"for its blocks hand nothing on to attention. Tie weights instead (albert, albert_attention)."
+        )
+    if donor.as_published and any(row.parameters_from is not None and row.tied != "attention" for row in rows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: ties feed-forwards, and '{donor.name}' stores its experts one by one, under names that "
+            f"its class does not have. Use albert_attention, or convert the loaded model (hf_gqa.convert)."
+        )
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
     if observing and any(row.borrows for row in rows):
         raise Refusal(
@@ -97,8 +116,16 @@ def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> Non
 
 
 def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
-    """Refuse methods that a norm between projection and score defeats."""
-    if not donor.has_head_norms or donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+    """Refuse methods that a norm between projection and score defeats, or scores that nobody else can compute."""
+    if donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
+        return
+    for name in plan.method:
+        if getattr(METHODS.get(name), "computes_scores", False) and not donor.layout.plain_scores:
+            raise Refusal(
+                f"method = {','.join(plan.method)}: '{name}' computes scores, to which a {donor.layout.model_type} adds what "
+                f"its attention alone knows. Leave it out."
+            )
+    if not donor.has_head_norms:
         return
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
     for name in plan.method:
@@ -113,44 +140,57 @@ def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...
 def _native(donor: Donor, rows: tuple[LayerPlan, ...]) -> tuple[Target | None, str]:
     """The native student, or None and the reason."""
     layout = donor.family.donor_layout
+    full = [row.num_key_value_heads for row in rows] == [site.num_attention_heads for site in donor.sites]
+    if layout.cross_attention is not None and not full:
+        return None, f"a native {layout.model_type} has as many KV heads as query heads"
     if any(row != LayerPlan(num_key_value_heads=row.num_key_value_heads) for row in rows):
         return None, f"in a native {layout.model_type} every layer owns its queries, keys, values and weights"
-    if any(row != rows[0] for row in rows):
+    if layout.cross_attention is None and any(row != rows[0] for row in rows):
         return None, f"a native {layout.model_type} has one number of KV heads for all layers"
-    if layout.key_value_heads_field is not None:
-        return _of_the_family(donor, rows, f"{layout.model_type} has a number of KV heads of its own"), ""
-    if rows[0].num_key_value_heads == donor.num_attention_heads:
-        return _of_the_family(donor, rows, "every query head has a KV head of its own"), ""
-    obstacles = [f"a native {layout.model_type} has as many KV heads as query heads"]
-    for relative in map(RELATIVES.get, RELATIVES.names()):
-        if relative.of == layout.model_type:
-            target, obstacle = _of_a_relative(donor, rows, relative)
-            if target is not None:
-                return target, ""
-            obstacles.append(obstacle)
+    is_whole = layout.cross_attention is not None  # with all its heads, by now
+    fields = {} if is_whole else donor.family.native_fields(donor.config, rows[0].num_key_value_heads)
+    if not isinstance(fields, str):
+        return _of_the_family(donor, rows, fields), ""
+    obstacles = [fields]
+    if layout.model_type in RELATIVES.names():
+        target, obstacle = _of_a_relative(donor, rows, RELATIVES.get(layout.model_type))
+        if target is not None:
+            return target, ""
+        obstacles.append(obstacle)
     return None, "; ".join(obstacles)
 
 
-def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
+def _of_the_family(donor: Donor, rows: tuple[LayerPlan, ...], fields: dict) -> Target:
     layout = donor.family.donor_layout
     same_class = donor.config.model_type == layout.model_type
     config = copy.deepcopy(donor.model_config) if same_class else _plain(donor.config, donor.family.native_config_class)
-    if layout.key_value_heads_field is not None:
-        language = config if donor.composite is None else config.get_text_config()
-        setattr(language, layout.key_value_heads_field, rows[0].num_key_value_heads)
+    language = config if donor.composite is None else config.get_text_config()
+    for name, value in fields.items():
+        setattr(language, name, value)
     return Target(
         export="native",
-        reason=reason,
+        reason=_why_native(donor, rows[0].num_key_value_heads),
         config=config,
         model_class=donor.model_class if same_class else native_class(donor.model_class),
         layout=donor.layout if same_class else layout,
         rows=rows,
         same_class=same_class,
+        changed_fields=fields,
     )
 
 
+def _why_native(donor: Donor, num_key_value_heads: int) -> str:
+    if donor.family.donor_layout.key_value_heads_field is not None:
+        return f"{donor.family.model_type} has a number of KV heads of its own"
+    if num_key_value_heads == donor.num_attention_heads:
+        return "every query head has a KV head of its own"
+    if num_key_value_heads == 1:
+        return f"{donor.family.model_type} has a setting for one KV head"
+    return "the number of KV heads is the donor's"
+
+
 def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative) -> tuple[Target | None, str | None]:
-    model_type = relative.layout.model_type
+    model_type, layout = relative.model_type, family_of(relative.model_type, donor.name).donor_layout
     obstacle = relative.obstacle(donor.config, rows)
     class_name = relative.class_names.get(donor.model_class.__name__)
     if obstacle is None and class_name is None:
@@ -159,10 +199,10 @@ def _of_a_relative(donor: Donor, rows: tuple[LayerPlan, ...], relative: Relative
         return None, obstacle
     target = Target(
         export="native",
-        reason=f"{relative.of} with one KV head computes what {model_type} computes",
+        reason=f"{donor.family.model_type} with one KV head computes what {model_type} computes",
         config=relative.config(donor.config),
         model_class=getattr(transformers, class_name),
-        layout=relative.layout,
+        layout=layout,
         rows=rows,
         same_class=False,
         passed_through=relative.passed_through,
@@ -181,10 +221,10 @@ def _bundle(donor: Donor, rows: tuple[LayerPlan, ...], reason: str) -> Target:
         )
     if getattr(donor.config, "add_cross_attention", False):
         raise Refusal("export: a bundle has no cross-attention (add_cross_attention is set). Use a decoder-only donor.")
-    heads = max(row.num_key_value_heads for row in rows)
-    config = _plain(
-        donor.config, family.config_class, num_key_value_heads=heads, layer_plan=[row.to_dict() for row in rows]
-    )
+    planned = {"layer_plan": [row.to_dict() for row in rows]}
+    if family.donor_layout.cross_attention is None:
+        planned["num_key_value_heads"] = max(row.num_key_value_heads for row in rows)
+    config = _plain(donor.config, family.config_class, **planned)
     return Target(
         export="bundle",
         reason=reason,
@@ -201,10 +241,10 @@ def _plain(config: PretrainedConfig, config_class: type[PretrainedConfig], **cha
     ours = {"model_type", "architectures", "transformers_version", "auto_map", "layer_plan", "num_key_value_heads"}
     copied = config_class(**{key: value for key, value in config.to_dict().items() if key not in ours}, **changes)
     before, after = config.to_dict(), copied.to_dict()
-    for field in before.keys() & after.keys() - ours:
-        if before[field] != after[field]:
+    for name in before.keys() & after.keys() - ours:
+        if before[name] != after[name]:
             raise Refusal(
-                f"config: {field} = {before[field]!r} becomes {after[field]!r} when transformers "
+                f"config: {name} = {before[name]!r} becomes {after[name]!r} when transformers "
                 f"{transformers.__version__} copies it. Use a newer transformers."
             )
     return copied

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,19 @@ UNSUPPORTED = (
         nearest="modernbert",
     ),
 )
+
+
+# Configuration fields that change what attention computes, in some family or in somebody's variant of one.
+VARIANT_FLAGS = (
+    "alibi", "attention_multiplier", "attention_sinks", "attn_logit_softcapping", "clip_qkv", "multi_query", "no_rope_layers",
+    "qk_layernorm", "use_alibi", "use_qk_norm",
+)  # fmt: skip
+
+
+def unknown_flag(raw_config: dict, config_class: type) -> str | None:
+    """A field of `config.json` that changes attention and of which transformers' configuration class knows nothing."""
+    known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
+    return next((flag for flag in VARIANT_FLAGS if raw_config.get(flag) and flag not in known), None)
 
 
 def reason_against(model_type: str, known: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..convert.calibration import Calibration, calibrate, fingerprint
+from ..convert.calibration import Calibration, calibrate, check_decoder, fingerprint
 from ..convert.donor import Donor
 from ..convert.student import load_tokenizer
 from ..refusal import Refusal
@@ -57,6 +57,7 @@ def make_calibration(
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
+    check_decoder(donor)
     if files and dataset is not None:
         raise Refusal("calibration: files and a dataset are given. Give one of them.")
     if any(Path(file).suffix == SAVED for file in files):
@@ -71,7 +72,7 @@ def make_calibration(
         )
     model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
-    length = min(MOST_ROW_TOKENS, donor.config.max_position_embeddings)
+    length = min(MOST_ROW_TOKENS, donor.longest_tokens or MOST_ROW_TOKENS)
     if files or dataset:
         source = dataset or TextSource(train_file=tuple(map(str, files)))
         rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)

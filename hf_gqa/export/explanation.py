@@ -13,12 +13,15 @@ from ..convert.cache_bytes import (
     cached_heads_of,
     key_value_bytes_per_token,
 )
+from ..convert.cache_bytes_by_kind import cache_bytes_by_kind
 from ..convert.donor import Donor
 from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
+from ..convert.surgery import head_tensors
 from ..convert.target import Target
 from ..human_units import human_bytes, human_count
 from ..methods import method_kind
+from ..runtime.attention_sites import CROSS, ENCODER, KINDS, SELF
 from .sharing_words import sharing_notes
 
 
@@ -33,7 +36,7 @@ class Explanation:
     Args:
         before, after: model_type, num_attention_heads, num_key_value_heads, parameters, weight_bytes,
             cache_bytes_per_token, cache_bytes_per_token_beyond_window, key_value_bytes_per_token (computed, whether or
-            not they are cached), tensor_parallel_sizes.
+            not they are cached), tensor_parallel_sizes; of an encoder-decoder also what `numbers_with_encoder` says.
         notes: what the user should know before starting.
     """
 
@@ -74,9 +77,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
     """Compute before and after from shapes alone."""
     before = facts(donor)
     heads = [row.num_key_value_heads for row in target.rows]
-    changed = sum(heads) - sum(donor.num_key_value_heads)
-    per_head = donor.head_dim * (2 * (donor.config.hidden_size + _has_key_bias(donor)) + _has_own_norms(donor))
-    more = changed * per_head - removed_parameters(target)
+    more = _changed_parameters(donor, heads) - removed_parameters(target)
     after = _side(
         donor,
         target.config.model_type,
@@ -100,7 +101,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
 
 def _side(donor: Donor, model_type: str, heads: list[int], cached: Heads, parameters: int, weight_bytes: int) -> dict:
     dtype = stored_dtype(donor)
-    return {
+    numbers = {
         "model_type": model_type,
         "num_hidden_layers": len(heads),
         "num_attention_heads": donor.num_attention_heads,
@@ -114,6 +115,39 @@ def _side(donor: Donor, model_type: str, heads: list[int], cached: Heads, parame
         "key_value_bytes_per_token": key_value_bytes_per_token(donor.config, heads, dtype),
         "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*heads)),
     }
+    if donor.layout.cross_attention is None:
+        return numbers
+    return numbers | numbers_with_encoder(donor, heads, dtype)
+
+
+def numbers_with_encoder(donor: Donor, heads: list[int], dtype: torch.dtype) -> dict:
+    """What is otherwise in an encoder-decoder: KV heads of its three kinds of attention, and bytes of its two caches.
+
+    Without a suffix, what is said of the decoder's self-attention; `cache_bytes_per_encoder_token` is of the keys and
+    values that cross-attention keeps of what the encoder read.
+    """
+    of = {kind: [n for site, n in zip(donor.sites, heads, strict=True) if site.kind == kind] for kind in KINDS}
+    cached = cache_bytes_by_kind(donor.sites, heads, dtype)
+    return {
+        "num_hidden_layers": len(of[SELF]),
+        "num_key_value_heads": of[SELF],
+        "num_key_value_heads_cross": of[CROSS],
+        "num_key_value_heads_encoder": of[ENCODER],
+        "cache_bytes_per_token": cached[SELF],
+        "cache_bytes_per_token_beyond_window": cached[SELF],
+        "cache_bytes_per_encoder_token": cached[CROSS],
+        "key_value_bytes_per_token": sum(cached.values()),
+        "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*of[SELF], *of[CROSS])),
+    }
+
+
+def _changed_parameters(donor: Donor, heads: list[int]) -> int:
+    """How many more than the donor has."""
+    further = sum(_has_bias(donor, name) for name in (donor.layout.key, donor.layout.value)) + _has_own_norms(donor)
+    rows = zip(donor.sites, heads, donor.num_key_value_heads, strict=True)
+    return sum(
+        (after - before) * site.head_dim * (2 * donor.config.hidden_size + further) for site, after, before in rows
+    )
 
 
 def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, after: dict) -> list[str]:
@@ -137,13 +171,16 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, a
     return notes
 
 
-def _key_tensor(donor: Donor, kind: str) -> str:
-    """The end of the name of the tensors that hold the keys' weights or biases."""
-    return f".{donor.layout.fused or donor.layout.key}.{kind}"
+def _has_bias(donor: Donor, projection: str) -> bool:
+    return bool(_tensors_of(donor, f"{projection}.bias"))
 
 
-def _has_key_bias(donor: Donor) -> bool:
-    return any(name.endswith(_key_tensor(donor, "bias")) for names in donor.tensors.shards.values() for name in names)
+def _tensors_of(donor: Donor, name: str) -> list[str]:
+    """The head tensors of this name, or the fused ones of its kind; other towers of a composite have keys too."""
+    projection, _, kind = name.rpartition(".")
+    ending, heads = f".{donor.layout.fused or projection}.{kind}", head_tensors(donor)
+    stored = (name for shard in donor.tensors.shards.values() for name in shard)
+    return [name for name in stored if name.endswith(ending) and name in heads]
 
 
 def _has_own_norms(donor: Donor) -> bool:
@@ -153,7 +190,4 @@ def _has_own_norms(donor: Donor) -> bool:
 
 def stored_dtype(donor: Donor) -> torch.dtype:
     """Of the keys, which is the cache's."""
-    ending = _key_tensor(donor, "weight")
-    return next(
-        donor.tensors.dtype(name) for names in donor.tensors.shards.values() for name in names if name.endswith(ending)
-    )
+    return donor.tensors.dtype(_tensors_of(donor, f"{donor.layout.key}.weight")[0])

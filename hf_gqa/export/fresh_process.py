@@ -11,7 +11,8 @@ import sys
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
 
 
 def main(
@@ -28,11 +29,11 @@ def main(
         **({"trust_remote_code": trust_remote_code} if native is None else {}),
     )
     model.eval()
-    tokens, mask = probe(model.config.get_text_config().vocab_size)
-    cache = DynamicCache(config=model.config) if key_weights is None else None
+    inputs, caches = probe_inputs(model.config), empty_caches(model.config) if key_weights is None else []
+    cache = EncoderDecoderCache(*caches) if len(caches) == 2 else next(iter(caches), None)
     cached = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     with torch.no_grad():
-        output = body(model)(tokens, attention_mask=mask, **cached)
+        output = body(model)(**inputs, **cached)
     first = output.logits if "logits" in output else output.last_hidden_state
     save_file({"logits": first.float().contiguous()}, logits_file)
     return {
@@ -43,18 +44,11 @@ def main(
         "mismatched_keys": sorted(str(key) for key in loading["mismatched_keys"]),
         "heads": heads_in_weights(model, key_weights)
         if cache is None
-        else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for layer in cache.layers],
+        else [[cached_heads(kept) for kept in (layer.keys, layer.values)] for c in caches for layer in c.layers],
+        "cached_attentions": sum(len(c.layers) for c in caches) if len(caches) == 2 else None,
         "finite": bool(torch.isfinite(first).all()),
-        "generated_tokens": generated_tokens(model, tokens[:1], mask[:1]),
+        "generated_tokens": generated_tokens(model, inputs),
     }
-
-
-def generated_tokens(model, tokens, mask) -> int | None:
-    """How many of four were generated; None for a model that cannot."""
-    if not model.can_generate():
-        return None
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    return model.generate(tokens, attention_mask=mask, **options).shape[1] - tokens.shape[1]
 
 
 def heads_in_weights(model, key_weights: list[str]) -> list[int]:
@@ -66,6 +60,21 @@ def heads_in_weights(model, key_weights: list[str]) -> list[int]:
     return [(count - query_heads) // 2 if count > query_heads else count for count in heads]
 
 
+def empty_caches(config) -> list[DynamicCache]:
+    """One for a decoder; with an encoder one for each kind of its attentions, self and cross."""
+    return [DynamicCache(config=config) for _ in range(2 if config.is_encoder_decoder else 1)]
+
+
+def generated_tokens(model, inputs: dict) -> int | None:
+    """How many of four were generated, by the plain loop, which Whisper wraps into one of its own; None if it cannot."""
+    if not model.can_generate():
+        return None
+    asked = {name: tensor[:1] for name, tensor in inputs.items() if name != "decoder_input_ids"}
+    given = 1 if model.config.is_encoder_decoder else asked["input_ids"].shape[1]
+    wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    return GenerationMixin.generate(model, **asked, **wanted).shape[1] - given
+
+
 def body(model):
     """What is compared: the whole of a language model, the model below any other head."""
     return model if model.can_generate() else model.base_model
@@ -74,6 +83,18 @@ def body(model):
 def cached_heads(kept: torch.Tensor | None) -> int:
     """Heads of a cache's keys or values; a layer that borrows has none, or some without numbers."""
     return 0 if kept is None or not kept.shape[-1] else kept.shape[1]
+
+
+def probe_inputs(config) -> dict[str, torch.Tensor]:
+    """What a model of this configuration reads: an encoder and its decoder the same tokens, or the encoder sound."""
+    tokens, mask = probe(config.get_text_config().vocab_size)
+    if not config.is_encoder_decoder:
+        return {"input_ids": tokens, "attention_mask": mask}
+    if hasattr(config, "num_mel_bins"):  # which is never padded
+        shape = (len(tokens), config.num_mel_bins, 2 * config.max_source_positions)
+        sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return {"input_features": sound, "decoder_input_ids": tokens}
+    return {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens}
 
 
 def probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

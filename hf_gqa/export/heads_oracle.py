@@ -39,7 +39,7 @@ def put_converted_heads(model: PreTrainedModel, donor: Donor, folder: Path, mani
     plan = ConversionPlan.from_dict(manifest.plan)
     repeated = is_repeatable(manifest, plan)
     for layer_idx, heads in _converted_again(donor, plan, manifest) if repeated else _of_student(folder):
-        path = donor.layout.attention.format(layer_idx=layer_idx)
+        path = donor.sites[layer_idx].path
         put_heads(donor.layout, model.base_model.get_submodule(path), heads)
     return "heads merged again" if repeated else "the student's own heads, for its methods looked at text"
 

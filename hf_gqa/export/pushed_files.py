@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..convert.bundle_code import runtime_files
-from ..convert.donor import CARRIED_FILES
+from ..convert.donor_folder import CARRIED_FILES
 from ..convert.manifest import MANIFEST_FILE, Manifest
 from ..refusal import Refusal
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint

@@ -33,7 +33,7 @@ def share_layers(
             _average(attention, donor, layout, rows, layer_idx, head_dim)
     given = [{} for _ in rows]
     for layer_idx, row in enumerate(rows):
-        _borrow(attention, layout, row, layer_idx, given, head_dim)
+        _borrow(base, attention, layout, row, layer_idx, given, head_dim)
 
 
 def _tie(base, donor, layout: AttentionLayout, rows, layer_idx: int, shared_init: str) -> None:
@@ -43,6 +43,8 @@ def _tie(base, donor, layout: AttentionLayout, rows, layer_idx: int, shared_init
     before, _, attention = layout.attention.partition("{layer_idx}.")
     users = [n for n, other in enumerate(rows) if other.parameters_from == row.parameters_from]
     for name in tied_names(base.get_submodule(f"{before}{layer_idx}"), attention, row.tied):
+        if f"{before}{row.parameters_from}.{name}" not in donor:  # the first ModernBERT layer lacks a norm
+            continue
         members = [donor[f"{before}{n}.{name}"] for n in (row.parameters_from, *users)]
         shared = torch.stack([m.float() for m in members]).mean(0) if shared_init == "mean" else members[0]
         for n in (row.parameters_from, layer_idx):
@@ -68,11 +70,12 @@ def _average(attention, donor, layout: AttentionLayout, rows, layer_idx: int, he
 
 
 def _borrow(
-    attention, layout: AttentionLayout, row: LayerPlan, layer_idx: int, given: list[dict], head_dim: int
+    base, attention, layout: AttentionLayout, row: LayerPlan, layer_idx: int, given: list[dict], head_dim: int
 ) -> None:
     own = attention[layer_idx]
     if row.query_from is not None:
-        own.scaling = attention[row.query_from].scaling
+        mixing = [base.get_submodule(layout.mixing_module(n)) for n in (layer_idx, row.query_from)]
+        mixing[0].scaling = mixing[1].scaling
     for number, state in enumerate(STATES):
         lender = getattr(row, f"{state}_from")
         norm = getattr(layout, f"{state}_norm", None)

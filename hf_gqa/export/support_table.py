@@ -8,10 +8,11 @@ import re
 import sys
 from pathlib import Path
 
-from ..convert.families import FAMILIES, load_family
+from ..convert.families import FAMILIES, Family, load_family
 from ..convert.relatives import RELATIVES
 from ..methods import METHODS
 from ..runtime.attention_layout import AttentionLayout
+from ..sharing import SHARINGS
 
 
 COLUMNS = {
@@ -37,10 +38,10 @@ def support_row(name: str) -> dict[str, str]:
         "projections": f"fused: `{layout.fused}`" if layout.fused else "separate",
         "norms": norms_in_words(layout),
         "position": layout.position,
-        "export": export_in_words(layout),
+        "export": export_in_words(family),
         "heads": ", ".join(head.removeprefix("AutoModelFor") for head in family.head_classes) or "none",
         "methods": methods_in_words(layout),
-        "sharing": "all",  # patterns are rows, which planned attention follows whatever the family
+        "sharing": sharing_in_words(layout),
     }
 
 
@@ -59,18 +60,28 @@ def if_switched(layout: AttentionLayout) -> str:
     return f", if `{layout.norm_switch}`" if layout.norm_switch else ""
 
 
-def export_in_words(layout: AttentionLayout) -> str:
-    if layout.key_value_heads_field is not None:
+def export_in_words(family: Family) -> str:
+    if family.donor_layout.key_value_heads_field is not None:
         return "native"
-    relatives = [name for name in RELATIVES.names() if RELATIVES.get(name).of == layout.model_type]
-    return "bundle" + "".join(f"; one KV head: native `{name}`" for name in relatives)
+    if not isinstance(family.native_fields(family.native_config_class(), 1), str):
+        return f"bundle; one KV head: native `{family.model_type}`"
+    if family.model_type in RELATIVES.names():
+        return f"bundle; one KV head: native `{RELATIVES.get(family.model_type).model_type}`"
+    return "bundle"
 
 
 def methods_in_words(layout: AttentionLayout) -> str:
-    if layout.query_norm is None:
+    needs = "computes_scores" if layout.query_norm is None else "needs_linear_scores"
+    if layout.query_norm is None and layout.plain_scores:
         return "all"
-    defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), "needs_linear_scores", False)]
+    defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), needs, False)]
     return f"all but {', '.join(f'`{name}`' for name in defeated)}" + if_switched(layout)
+
+
+def sharing_in_words(layout: AttentionLayout) -> str:
+    """Patterns are rows, which planned attention follows in every family whose blocks let it."""
+    lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), 1))]
+    return "all" if layout.passes_keywords else f"all but {', '.join(f'`{name}`' for name in lending)}"
 
 
 def families_table() -> str:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..convert.calibration import Calibration, calibrated, text_record
-from ..convert.donor import Donor, carry_files, open_donor
+from ..convert.donor import Donor, open_donor
+from ..convert.donor_folder import carry_files
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
 from ..convert.surgery import converted_shards
@@ -135,9 +136,8 @@ def _write_config(donor: Donor, target: Target, staging: Path) -> None:
             for key, value in copy.deepcopy(donor.raw_config).items()
             if key not in ("auto_map", "_name_or_path")
         }
-        if target.layout.key_value_heads_field is not None:
-            heads_of = raw if donor.composite is None else raw["text_config"]
-            heads_of[target.layout.key_value_heads_field] = target.rows[0].num_key_value_heads
+        language = raw if donor.composite is None else raw["text_config"]
+        language |= target.changed_fields
         raw["architectures"] = [target.model_class.__name__]
         (staging / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:

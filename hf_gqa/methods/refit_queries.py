@@ -25,6 +25,7 @@ class RefitQueries:
     kind: str = "repair"
     observes: bool = True
     needs_linear_scores: bool = True
+    computes_scores: bool = True
     iterations: int = 8
     ridge: float = 1e-4
 

@@ -13,8 +13,11 @@ class AttentionLayout:
         query, key, value, output: names of the projections below `attention`.
         inner: name below `attention` of the module that projects queries, keys and values and mixes them, where the
             output projection stands beside it; None where `attention` is that module.
-        fused: name of the one projection that holds query, key and value rows in this order, or None. Then `query`,
-            `key` and `value` are not names of tensors on disk.
+        fused: name of the one projection that holds query, key and value rows, or None. Then `query`, `key` and
+            `value` are not names of tensors on disk.
+        fused_order: what comes after what in each block of a fused projection.
+        fused_blocks: blocks of a fused projection, each with its share of the heads; None for one block per KV head,
+            which holds the query heads that read it.
         transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
         query_norm, key_norm: names of the norms on queries and on keys, or None.
         norm_switch: the configuration field that says whether there are such norms; None: there always are.
@@ -28,8 +31,17 @@ class AttentionLayout:
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
+        plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
+            a method can compute them.
+        passes_keywords: whether blocks hand keywords that they do not know on to their attention, without which layers cannot
+            lend each other queries, keys and values.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
+        cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
+            `attention` is the path in the decoder.
+        encoder_attention: path of an encoder layer's attention, with `cross_attention`.
+        num_layers_field, num_heads_field: configuration fields with the layers, and the query heads, of the decoder.
+        num_encoder_layers_field, num_encoder_heads_field: those of the encoder.
     """
 
     model_type: str
@@ -40,6 +52,8 @@ class AttentionLayout:
     output: str = "o_proj"
     inner: str | None = None
     fused: str | None = None
+    fused_order: tuple[str, str, str] = ("query", "key", "value")
+    fused_blocks: int | None = 1
     transposed: frozenset[str] = frozenset()
     query_norm: str | None = None
     key_norm: str | None = None
@@ -50,15 +64,28 @@ class AttentionLayout:
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
+    plain_scores: bool = True
+    passes_keywords: bool = True
     bidirectional: bool = False
     position: str
+    cross_attention: str | None = None
+    encoder_attention: str | None = None
+    num_layers_field: str = "num_hidden_layers"
+    num_heads_field: str = "num_attention_heads"
+    num_encoder_layers_field: str = "num_hidden_layers"
+    num_encoder_heads_field: str = "num_attention_heads"
 
     def mixing_module(self, layer_idx: int) -> str:
         """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
         return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
 
     def unfused(self, model_type: str) -> "AttentionLayout":
-        """The layout of our own class for this family: separate Linear query, key and value; the rest as it was."""
+        """The layout of our own class for this family: separate Linear query, key and value; the rest as it was.
+
+        With an encoder they are separate already.
+        """
+        if self.cross_attention is not None:
+            return replace(self, model_type=model_type)
         below = f"{self.inner}." if self.inner else ""
         return replace(
             self,
@@ -67,6 +94,8 @@ class AttentionLayout:
             key=f"{below}k_proj",
             value=f"{below}v_proj",
             fused=None,
+            fused_order=("query", "key", "value"),
+            fused_blocks=1,
             transposed=self.transposed - {self.fused},
             key_value_heads_field="num_key_value_heads",
         )

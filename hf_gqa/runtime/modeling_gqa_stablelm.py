@@ -26,6 +26,7 @@ DONOR_LAYOUT = AttentionLayout(
     norm_weights="per_head",
     norm_list="norms",
     rotary="halves",
+    passes_keywords=False,
     position="RoPE in part of each head",
 )
 

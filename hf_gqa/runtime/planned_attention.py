@@ -82,6 +82,8 @@ class PlannedAttention:
 
     donor_layout: AttentionLayout
     rotate = None  # the family's (query, key, cos, sin) -> (query, key) as a staticmethod, where it has one
+    linear_class = nn.Linear
+    eager = staticmethod(eager_attention)  # what "eager" means; a family's own order of operations, where it differs
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
@@ -99,9 +101,11 @@ class PlannedAttention:
         if native[0] != "q_proj":
             for name in native:
                 delattr(self, name)
-            self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias)
-        self.k_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
-        self.v_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=has_bias)
+            self.q_proj = self.linear_class(
+                config.hidden_size, config.num_attention_heads * self.head_dim, bias=has_bias
+            )
+        self.k_proj = self.linear_class(config.hidden_size, heads * self.head_dim, bias=has_bias)
+        self.v_proj = self.linear_class(config.hidden_size, heads * self.head_dim, bias=has_bias)
         for name in borrowed_modules(row, layout):
             if hasattr(self, name):  # norms may be switched off
                 delattr(self, name)
@@ -115,6 +119,8 @@ class PlannedAttention:
         shared_states: SharedStates | None = None,
         **kwargs,
     ):
+        if shared_states is None and (self.lends or self.row.borrows_states):
+            raise ValueError(f"layer {self.layer_idx} shares with others, but was not told of what they lend.")
         query, key, value = self.own_states(hidden_states, position_embeddings)
         key, value = self.cached(key, value, past_key_values)
         query, key, value = self.shared(query, key, value, shared_states)
@@ -189,14 +195,17 @@ class PlannedAttention:
             else:
                 probabilities = shared_states.borrow("probabilities", self.row.query_from)
             return mix(probabilities, value).transpose(1, 2), None
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)(
+        return self.run_attention(query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+
+    def run_attention(self, query, key, value, attention_mask, **kwargs):
+        """`[B, Q, H, D]` and the attention weights or None; where a family biases its scores or scales its queries."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)(
             self,
             query,
             key,
             value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
             sliding_window=getattr(self, "sliding_window", None),
             **kwargs,
         )

@@ -19,16 +19,19 @@ class PlannedConfig:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.layer_plan is None:
-            rows = uniform_rows(self.num_hidden_layers, self.num_key_value_heads)
-            self.layer_plan = [row.to_dict() for row in rows]
+        self.fill_plan()
         if getattr(self, "auto_map", None) is None:
             module = sys.modules[type(self).__module__]
             classes = {"AutoConfig": type(self), "AutoModel": own_class(module, PlannedModel), **head_classes(module)}
             file = module.__name__.rpartition(".")[2]
             self.auto_map = {auto_class: f"{file}.{ours.__name__}" for auto_class, ours in classes.items()}
+
+    def fill_plan(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_plan is None:
+            rows = uniform_rows(self.num_hidden_layers, self.num_key_value_heads)
+            self.layer_plan = [row.to_dict() for row in rows]
 
     def validate_layer_plan(self):
         rows = read_rows(self)
@@ -55,6 +58,10 @@ class GroupedByDefault:
 
     default_attention: str
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # not what transformers found, and keeps on the class, for a native class that we extend
+
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
         if requested_attention in (None, self.default_attention):  # also where the native class has no sdpa
             return self.default_attention
@@ -78,6 +85,11 @@ class PlannedModel(GroupedByDefault):
 
     def __init__(self, config, **options):
         super().__init__(config, **options)
+        self.lends, self.tied_layers = False, {}
+        self.plan_attention(config)
+        self.post_init()
+
+    def plan_attention(self, config) -> None:
         planned, layout = [], self.attention_class.donor_layout
         for layer_idx, row in enumerate(read_rows(config)):
             block, _, name = layout.mixing_module(layer_idx).rpartition(".")
@@ -88,7 +100,6 @@ class PlannedModel(GroupedByDefault):
         self.lends = any(attention.lends for attention in planned)
         self.tied_layers = self._tied_layers(read_rows(config))
         self._tied_weights_keys = (self._tied_weights_keys or {}) | self.tied_layers  # what saving leaves out
-        self.post_init()
 
     def _tied_layers(self, rows) -> dict[str, str]:
         """Name of each parameter that is another layer's -> name of that."""
@@ -134,9 +145,20 @@ class PlannedHead(GroupedByDefault):
         self.post_init()
 
 
+class BuiltEagerly:
+    """Mixin before `PlannedModel` and `PlannedHead` where the native class knows few attention implementations by name."""
+
+    def __init__(self, config):
+        wanted = config._attn_implementation
+        config._attn_implementation = "eager"
+        super().__init__(config)
+        config._attn_implementation = self.get_correct_attn_implementation(wanted)
+
+
 def own_class(module, mixin: type) -> type:
     """The one class of a family's file that has this mixin; TypeError if there is none, or are several."""
-    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, mixin) and c is not mixin]
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    found = [c for c in own if issubclass(c, mixin)]
     if len(found) != 1:
         raise TypeError(f"{module.__file__}: a family defines one subclass of {mixin.__name__}, got {len(found)}.")
     return found[0]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from ..convert.donor import carry_files
+from ..convert.donor_folder import carry_files
 from ..convert.manifest import MANIFEST_FILE, Manifest
 from ..staging import staged_folder
 

@@ -50,17 +50,16 @@ def read_heads(
         return (weight.t() if name in layout.transposed else weight), get(f"{name}.bias")
 
     if layout.fused:
-        weight, bias = stored(layout.fused)
-        query_rows = num_attention_heads * head_dim
-        key_value_rows = (weight.shape[0] - query_rows) // 2
-        sizes = (query_rows, key_value_rows, key_value_rows)
-        weights = weight.split(sizes)
-        biases = bias.split(sizes) if bias is not None else (None,) * 3
+        weight, bias = (t if t is None else t.unflatten(0, (-1, head_dim)) for t in stored(layout.fused))
+        weights = split_heads(layout, weight, num_attention_heads)
+        biases = (None,) * 3 if bias is None else split_heads(layout, bias, num_attention_heads)
     else:
-        weights, biases = zip(*(stored(name) for name in (layout.query, layout.key, layout.value)), strict=True)
+        separate = (stored(name) for name in (layout.query, layout.key, layout.value))
+        heads = [[t if t is None else t.unflatten(0, (-1, head_dim)) for t in pair] for pair in separate]
+        weights, biases = zip(*heads, strict=True)
     output, output_bias = stored(layout.output)
-    query_HDE, key_KDE, value_KDE = (weight.unflatten(0, (-1, head_dim)) for weight in weights)
-    query_bias, key_bias, value_bias = (b.unflatten(0, (-1, head_dim)) if b is not None else None for b in biases)
+    query_HDE, key_KDE, value_KDE = weights
+    query_bias, key_bias, value_bias = biases
     norms = [_read_norm(layout, get, norm, head_dim) for norm in head_norms(layout)] or [None, None]
     return AttentionWeights(
         query_HDE=query_HDE,
@@ -74,6 +73,27 @@ def read_heads(
         query_norm_HD=norms[0],
         key_norm_KD=norms[1],
     )
+
+
+def split_heads(layout: AttentionLayout, heads_ND: torch.Tensor, num_attention_heads: int) -> tuple[torch.Tensor, ...]:
+    """Query, key and value heads of a fused projection's `[H + 2K, D, ...]`; views where a block's heads are adjacent."""
+    key_value_heads = (len(heads_ND) - num_attention_heads) // 2
+    blocks = layout.fused_blocks or key_value_heads
+    each = {
+        "query": num_attention_heads // blocks,
+        "key": key_value_heads // blocks,
+        "value": key_value_heads // blocks,
+    }
+    parts = heads_ND.unflatten(0, (blocks, -1)).split([each[part] for part in layout.fused_order], dim=1)
+    by_name = dict(zip(layout.fused_order, parts, strict=True))
+    return tuple(by_name[part].flatten(0, 1) for part in ("query", "key", "value"))
+
+
+def joined_heads(layout: AttentionLayout, heads: list[torch.Tensor]) -> torch.Tensor:
+    """The inverse of `split_heads`, of query, key and value heads."""
+    blocks = layout.fused_blocks or len(heads[1])
+    by_name = dict(zip(("query", "key", "value"), (part.unflatten(0, (blocks, -1)) for part in heads), strict=True))
+    return torch.cat([by_name[part] for part in layout.fused_order], dim=1).flatten(0, 1)
 
 
 def _read_norm(layout: AttentionLayout, get: Callable, norm: str, head_dim: int) -> torch.Tensor | None:
@@ -90,10 +110,13 @@ def _read_norm(layout: AttentionLayout, get: Callable, norm: str, head_dim: int)
 
 def write_heads(layout: AttentionLayout, heads: AttentionWeights) -> dict[str, torch.Tensor]:
     """The inverse of `read_heads`: name below the layer's attention -> contiguous tensor."""
-    weights = [w.flatten(0, 1) for w in (heads.query_HDE, heads.key_KDE, heads.value_KDE)]
-    biases = [None if b is None else b.flatten() for b in (heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD)]
+    weights = [heads.query_HDE, heads.key_KDE, heads.value_KDE]
+    biases = [heads.query_bias_HD, heads.key_bias_KD, heads.value_bias_KD]
     if layout.fused:
-        weights, biases = [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
+        weights = [joined_heads(layout, weights)]
+        biases = [None if biases[0] is None else joined_heads(layout, biases)]
+    weights = [weight.flatten(0, 1) for weight in weights]
+    biases = [None if bias is None else bias.flatten() for bias in biases]
     weights.append(heads.output_EHD.flatten(1))
     biases.append(heads.output_bias_E)
     tensors = {}

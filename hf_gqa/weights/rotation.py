@@ -57,6 +57,8 @@ def rotation_of(layout: AttentionLayout, config: PretrainedConfig, head_dim: int
     """
     layer_types, used = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
     kind = layer_types[layer_idx] if layer_types else None
+    if getattr(config, "alibi", False):  # a Falcon has linear biases instead
+        return None
     if layout.rotary is None or kind in layout.unrotated_layer_types or (used and not used[layer_idx]):
         return None
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -102,8 +102,13 @@ def recommend(donor: Donor, wanted: Wanted, sweep: SweepTable | str | Path | Non
     """Compare the donor with every student it can become; reads shapes, no weights, unless there is a sweep to match.
 
     Raises:
-        Refusal: a sweep of another donor, or heads that differ between layers.
+        Refusal: an encoder-decoder, a sweep of another donor, or heads that differ between layers.
     """
+    if donor.layout.cross_attention is not None:
+        raise Refusal(
+            f"recommend: '{donor.name}' is an encoder-decoder with two caches, and this weighs one. Use hf-gqa inspect, which "
+            f"shows both for every number of KV heads."
+        )
     if isinstance(sweep, str | Path):
         sweep = SweepTable.read(sweep)
     if sweep is not None and sweep.donor_identity != donor_hash(donor):
@@ -255,7 +260,7 @@ def unknown(donor: Donor, wanted: Wanted, chosen: Option | None, sweep: SweepTab
         )
     elif chosen is not None and not chosen.keeps and chosen.tried is None:
         said.append(f"The sweep did not try {chosen.num_key_value_heads} heads, so their cost is not known.")
-    longest = getattr(donor.config, "max_position_embeddings", None)
+    longest = donor.longest_tokens
     if longest and wanted.context_tokens > longest:
         said.append(
             f"The donor has positions for {longest:,} tokens; {wanted.context_tokens:,} need a longer model first."

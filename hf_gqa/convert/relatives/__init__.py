@@ -1,6 +1,6 @@
-"""Native classes of another family that compute a student exactly; one file each, the file's name is its model type.
+"""Native classes of another family that compute a student exactly; the file's name is the donors' model type.
 
-A file defines `RELATIVE`: what it is a relative of, when, and how its tensors differ.
+A file defines `RELATIVE`: which family, when, and how its tensors differ.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import torch
 from transformers import PretrainedConfig
 
 from ...registry import Registry
-from ...runtime.attention_layout import AttentionLayout
 from ...runtime.layer_plan import LayerPlan
 
 
@@ -22,16 +21,14 @@ class Relative:
     """Another native class that can hold the student.
 
     Args:
-        of: model type of the donors.
-        layout: of its checkpoints.
+        model_type: of the other family.
         class_names: donor's class -> class of transformers that takes its place.
         obstacle: (donor configuration, rows) -> why it cannot hold this student, or None.
         config: (donor configuration) -> its configuration.
         transposed: ends of the names of tensors outside attention that it stores the other way round.
     """
 
-    of: str
-    layout: AttentionLayout
+    model_type: str
     class_names: dict[str, str]
     obstacle: Callable[[PretrainedConfig, tuple[LayerPlan, ...]], str | None]
     config: Callable[[PretrainedConfig], PretrainedConfig]

@@ -5,7 +5,6 @@ Source: MQA (Shazeer 2019, arXiv 1911.02150); SantaCoder (2301.03988) for the cl
 
 from transformers import GPTBigCodeConfig, PretrainedConfig
 
-from ...runtime.attention_layout import AttentionLayout
 from ...runtime.layer_plan import LayerPlan
 from . import Relative
 
@@ -31,15 +30,7 @@ def to_gpt_bigcode(config: PretrainedConfig) -> GPTBigCodeConfig:
 
 
 RELATIVE = Relative(
-    of="gpt2",
-    layout=AttentionLayout(
-        model_type="gpt_bigcode",
-        attention="h.{layer_idx}.attn",
-        fused="c_attn",
-        output="c_proj",
-        key_value_heads_field=None,
-        position="learned",
-    ),
+    model_type="gpt_bigcode",
     class_names={
         "GPT2Model": "GPTBigCodeModel",
         "GPT2LMHeadModel": "GPTBigCodeForCausalLM",

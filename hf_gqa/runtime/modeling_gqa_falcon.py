@@ -1,0 +1,120 @@
+"""Falcon with the KV heads its plan gives each layer; RoPE or ALiBi."""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import FalconConfig, FalconForCausalLM, FalconModel
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.models.falcon.modeling_falcon import FalconAttention, FalconLinear, apply_rotary_pos_emb
+
+from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
+from .layer_plan import Rows
+from .linear_biases import padded
+from .planned_attention import PlannedAttention
+from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
+
+
+DONOR_LAYOUT = AttentionLayout(
+    model_type="falcon",
+    attention="h.{layer_idx}.self_attention",
+    fused="query_key_value",
+    fused_blocks=None,
+    output="dense",
+    rotary="halves",
+    key_value_heads_field=None,
+    plain_scores=False,
+    passes_keywords=False,
+    position="RoPE or ALiBi",
+)
+
+
+@strict
+class GQAFalconConfig(PlannedConfig, FalconConfig):
+    model_type = "gqa_falcon"
+    num_key_value_heads: int | None = None
+    layer_plan: Rows = None
+
+
+def native_key_value_heads(config) -> int:
+    """Of a native configuration: the new architecture has any number, the old one head or all of them."""
+    if config.multi_query and not config.new_decoder_architecture:
+        return 1
+    return config.num_kv_heads
+
+
+def native_fields(config, num_key_value_heads: int) -> dict | str:
+    """What a native configuration says of this many KV heads, or why it cannot."""
+    every = num_key_value_heads == config.num_attention_heads
+    if config.new_decoder_architecture:
+        if num_key_value_heads == native_key_value_heads(config) or every:
+            return {"num_kv_heads": num_key_value_heads}
+        return "a native falcon of the new architecture repeats keys and values before it caches them"
+    if num_key_value_heads == 1:
+        return {"multi_query": True}
+    if every:
+        return {"multi_query": False, "num_kv_heads": num_key_value_heads}
+    return "a native falcon has one KV head, or as many as query heads"
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """`[B, Q, H, D]` and weights `[B, H, Q, S]`, in the native order of operations."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) / math.sqrt(module.head_dim)
+    weights = nn.functional.softmax(scores + attention_mask, dim=-1, dtype=query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class GQAFalconAttention(PlannedAttention, FalconAttention):
+    donor_layout = DONOR_LAYOUT
+    linear_class = FalconLinear
+    eager = staticmethod(eager_attention)
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        del self.attention_dropout
+        self.attention_dropout = (
+            config.attention_dropout if config.alibi else 0.0
+        )  # the native class drops nothing else
+        self.scaling = self.inv_norm_factor
+        self.rotate = None if config.alibi else apply_rotary_pos_emb
+
+    def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
+        """The mask holds the linear biases already. The native eager attention adds them a second time; this does not."""
+        return super().forward(hidden_states, attention_mask=attention_mask, past_key_values=layer_past, **kwargs)
+
+
+class GQAFalconModel(BuiltEagerly, PlannedModel, FalconModel):
+    config: GQAFalconConfig
+    config_class = GQAFalconConfig
+    attention_class = GQAFalconAttention
+    default_attention = NAME
+
+    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+        """Linear biases are as long as the attention mask; keys are longer in a static cache."""
+        if self.use_alibi and past_key_values is not None:
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            length, before = past_key_values.get_mask_sizes(tokens.shape[1], 0)[0], past_key_values.get_seq_length()
+            if attention_mask is None:
+                attention_mask = tokens.new_ones(len(tokens), before + tokens.shape[1], dtype=torch.long)
+            attention_mask = padded(attention_mask, length)
+        return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class GQAFalconForCausalLM(BuiltEagerly, PlannedHead, FalconForCausalLM, GenerationMixin):
+    config: GQAFalconConfig
+    config_class = GQAFalconConfig
+    model_class = GQAFalconModel
+    default_attention = NAME
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
+        """Linear biases are counted on the mask with two dimensions."""
+        if config.alibi:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)

@@ -1,0 +1,112 @@
+"""MPT with the KV heads its plan gives each layer; ALiBi."""
+
+import copy
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import MptConfig, MptForCausalLM, MptModel
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.models.mpt.modeling_mpt import MptAttention
+
+from .attention_layout import AttentionLayout
+from .grouped_attention import NAME
+from .layer_plan import Rows
+from .linear_biases import biased_mask
+from .planned_attention import PlannedAttention
+from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
+
+
+DONOR_LAYOUT = AttentionLayout(
+    model_type="mpt",
+    attention="blocks.{layer_idx}.attn",
+    fused="Wqkv",
+    output="out_proj",
+    key_value_heads_field=None,
+    plain_scores=False,
+    passes_keywords=False,
+    position="ALiBi",
+)
+
+
+@strict
+class GQAMptConfig(PlannedConfig, MptConfig):
+    model_type = "gqa_mpt"
+    num_key_value_heads: int | None = None
+    layer_plan: Rows = None
+
+
+def donor_obstacle(config) -> str | None:
+    """Why a native configuration is no donor."""
+    if config.attn_config.clip_qkv:
+        return (
+            f"attn_config.clip_qkv = {config.attn_config.clip_qkv} clips keys and values after their projections, so that "
+            f"heads merged before it are not merged heads"
+        )
+    return None
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, alibi=None, **kwargs):
+    """`[B, Q, H, D]` and weights `[B, H, Q, S]`, in the native order of operations; the mask is True where masked."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + alibi
+    scores = scores.masked_fill(attention_mask, torch.finfo(query.dtype).min)
+    weights = nn.functional.softmax(scores.float(), dim=-1).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class GQAMptAttention(PlannedAttention, MptAttention):
+    donor_layout = DONOR_LAYOUT
+    eager = staticmethod(eager_attention)
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.config, self.attention_dropout, self.scaling = config, self.attn_dropout_p, self.softmax_scale
+
+    def forward(self, hidden_states, position_bias, **kwargs):
+        return super().forward(hidden_states, alibi=position_bias, **kwargs)
+
+    def run_attention(self, query, key, value, attention_mask, alibi, **kwargs):
+        """The native bias is `[H, 1, max_seq_len]`; its end belongs to the last key, and only differences count."""
+        alibi = alibi[:, :, max(0, alibi.shape[2] - key.shape[2]) :]
+        if self.config._attn_implementation == "eager":
+            return super().run_attention(query, key, value, attention_mask, alibi=alibi, **kwargs)
+        bias = alibi[None].to(query.dtype)
+        return super().run_attention(query, key, value, biased_mask(bias, ~attention_mask, query, key), **kwargs)
+
+
+class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):
+    config: GQAMptConfig
+    config_class = GQAMptConfig
+    attention_class = GQAMptAttention
+    default_attention = NAME
+    _supports_sdpa = True
+
+    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+        """The native forward understands no masks but those of eager attention."""
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        eager = copy.copy(self.config)
+        eager._attn_implementation = "eager"
+        mask = create_causal_mask(
+            config=eager, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
+        )
+        return super().forward(
+            past_key_values=past_key_values, attention_mask=mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+class GQAMptForCausalLM(BuiltEagerly, PlannedHead, MptForCausalLM, GenerationMixin):
+    config: GQAMptConfig
+    config_class = GQAMptConfig
+    model_class = GQAMptModel
+    default_attention = NAME
+    _supports_sdpa = True
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """The model makes its masks itself."""
+        return attention_mask
