@@ -123,7 +123,7 @@ def students(tmp_path_factory) -> dict:
         uneven = uneven_student(model_type)
         uneven.save_pretrained(work / f"{model_type}-uneven")
         found[f"{model_type}-shared"] = shared = sharing_student(
-            model_type, "mixed" if load_family(model_type).donor_layout.hands_on_states else "albert"
+            model_type, "mixed" if load_family(model_type).donor_layout.passes_keywords else "albert"
         )
         shared.save_pretrained(work / f"{model_type}-shared")
         found |= {f"{model_type}-{source}": student for source in ("written", "saved")}

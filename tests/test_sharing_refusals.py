@@ -264,6 +264,7 @@ def test_commands_share(tmp_path):
 
 def test_family_whose_blocks_hand_nothing_on_shares_weights_only():
     with pytest.raises(
-        Refusal, match=r"blocks of a stablelm hand nothing from layer to layer, .* Use sharing = albert\."
+        Refusal,
+        match=r"layers of a stablelm cannot lend each other queries, .* Tie weights instead \(albert, albert_attention\)\.",
     ):
         convert(deep_donor("stablelm"), sharing="echo", share_every=2)

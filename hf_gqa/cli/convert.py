@@ -121,7 +121,7 @@ def convert(
             found = wanted.search(opened, known)
             plan = found.plan
         explanation = explain(opened, plan, choose_target(opened, plan))
-        choice = None if found is None else found.to_dict()
+        choice = found and found.to_dict()
         if not json:
             _print_plan(explanation, output, found)
         if not dry_run:
@@ -130,10 +130,9 @@ def convert(
     if json:
         said = {} if choice is None else {"choice": choice}
         print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run} | said)
-    elif dry_run:
-        console().print("Nothing was written (--dry-run).")
     else:
-        console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
+        written = f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}"
+        console().print("Nothing was written (--dry-run)." if dry_run else written)
 
 
 def _calibration(
