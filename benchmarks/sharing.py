@@ -26,13 +26,14 @@ from hf_gqa import convert
 from hf_gqa.analyze.borrowing import BORROWED, Sharing, measure_sharings
 from hf_gqa.analyze.echoatt import block_borrowers, kept_layers, ranked_borrowers
 from hf_gqa.analyze.similarity import attention_similarity
-from hf_gqa.analyze.solver import cheapest_choices, choose, greedy_choices, nearest_owners
+from hf_gqa.analyze.solver import cheapest_choices, cheapest_sets, choose, greedy_choices, nearest_owners
 from hf_gqa.convert.donor import donor_from_model
 
 
 SAMPLE_TOKENS, SAMPLES = 512, 32
 CHOOSE_TOKENS = MEASURE_TOKENS = 8_192
 GROUPED = "group,fold,refit"
+CANDIDATES = 8
 CHOOSERS = ("kl", "echoatt")
 
 
@@ -120,6 +121,16 @@ class SharingBench(Bench):
         sets = [{borrower: owner} for borrower in range(1, self.layers) for owner in range(borrower)]
         return {"pairs": self.measured(pattern, sets, "documents", CHOOSE_TOKENS)}
 
+    def shortlists(self, pattern: str) -> dict:
+        """Sets with small sums of pair costs, measured whole on training text."""
+        costs = pair_costs(read(self.output), pattern)
+        sets = [
+            choice.owners
+            for number in range(1, self.layers)
+            for choice in cheapest_sets(["layer"] * self.layers, costs, [1] * self.layers, number, CANDIDATES)
+        ]
+        return {"shortlists": self.measured(pattern, sets, "documents", CHOOSE_TOKENS // 2)}
+
     def subsets(self, pattern: str) -> dict:
         """Every set of borrowers, on held-out text; the empty one is the donor."""
         sets = [
@@ -133,6 +144,7 @@ class SharingBench(Bench):
         self.once("similarity", self.similarity)
         for pattern in BORROWED:
             self.once(f"pairs {pattern}", lambda pattern=pattern: self.pairs(pattern))
+            self.once(f"shortlists {pattern}", lambda pattern=pattern: self.shortlists(pattern))
             self.once(f"subsets {pattern}", lambda pattern=pattern: self.subsets(pattern))
 
     def uptrained(self, cell: SharingCell) -> dict:
@@ -140,17 +152,28 @@ class SharingBench(Bench):
         return self.run(cell) | shared | {"shared_fraction": len(cell.shared_layers) / self.layers}
 
 
+def pair_costs(results: list[dict], pattern: str) -> dict[tuple[int, int], float]:
+    pairs = next(found["pairs"] for found in results if found["cell"] == f"pairs {pattern}")
+    return {tuple(pair["owners"][0]): pair["kl"] for pair in pairs}
+
+
 def chosen(results: list[dict], pattern: str) -> dict[str, dict[int, tuple[int, ...]]]:
-    """By chooser and number of borrowers, the borrowers; "best" is what the held-out text itself would choose."""
+    """By chooser and number of borrowers, the borrowers.
+
+    "sum" has the smallest sum of pair costs, "kl" is the best of the `CANDIDATES` with the smallest, measured whole; "best" is what
+    the held-out text itself would choose.
+    """
     found = {one["cell"]: one for one in results}
     layers = len(found["similarity"]["similarity"])
     kinds, saved = ["layer"] * layers, [1] * layers
-    costs = {tuple(pair["owners"][0]): pair["kl"] for pair in found[f"pairs {pattern}"]["pairs"]}
+    costs = pair_costs(results, pattern)
     exact, greedy = cheapest_choices(kinds, costs, saved), greedy_choices(kinds, costs, saved)
     measured = {borrowers_of(one): one["kl"] for one in found[f"subsets {pattern}"]["subsets"]}
+    listed = {borrowers_of(one): one["kl"] for one in found[f"shortlists {pattern}"]["shortlists"]}
     numbers = range(1, layers)
     return {
-        "kl": {number: tuple(choose(exact, number).borrowers) for number in numbers},
+        "sum": {number: tuple(choose(exact, number).borrowers) for number in numbers},
+        "kl": {n: min((s for s in listed if len(s) == n), key=listed.get) for n in numbers},
         "greedy": {number: tuple(greedy[number].borrowers) for number in numbers},
         "echoatt": {number: tuple(sorted(found["similarity"]["ranked"][:number])) for number in numbers},
         "best": {n: min((s for s in measured if len(s) == n), key=measured.get) for n in numbers},
@@ -209,7 +232,7 @@ def choice_table(results: list[dict], pattern: str) -> str:
     ]
     for number in range(1, layers):
         of_size = sorted((s for s in measured if len(s) == number), key=lambda s: measured[s]["kl"])
-        for chooser in ("best", "kl", "greedy", "echoatt", "worst"):
+        for chooser in ("best", "kl", "sum", "greedy", "echoatt", "worst"):
             layers_chosen = chosen(results, pattern)[chooser][number]
             one = measured[layers_chosen]
             lines.append(

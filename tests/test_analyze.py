@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import yaml
 
 from hf_gqa import Refusal, convert
 from hf_gqa.analyze import Analysis, AnalysisRecipe
+from hf_gqa.analyze.borrowing import Sharing, measure_sharings
 from hf_gqa.analyze.heatmap import draw_heatmap
+from hf_gqa.analyze.solver import nearest_owners
 from hf_gqa.cli.analyze import duration, verdict
 from hf_gqa.convert.plan import ConversionPlan
 
@@ -59,7 +62,7 @@ def test_what_it_prints_and_writes(analyzed, donor):
         "echo: 6 pairs of 4 layers, each tried alone",
         "3 samples of 16 tokens",
         "64 tokens to choose by, 64 to check with",
-        "79 rows read at most, about ",
+        "115 rows read at most, about ",
         "donor",
         "3<2: layer 3 borrows from layer 2.",
         f"Convert: hf-gqa convert {donor} ./my-student --plan {output / 'plan.yaml'}",
@@ -75,14 +78,13 @@ def test_what_it_prints_and_writes(analyzed, donor):
     assert {len(owners) for owners in sets} == {1, 2, 3}
 
 
-def test_plan_is_the_cheapest_and_converts(analyzed, donor, tmp_path):
+def test_plan_is_made_of_measured_pairs_and_converts(analyzed, donor, tmp_path):
     found = json.loads((analyzed[1] / "analysis.json").read_text())
     by_chooser = {(chosen["chooser"], len(chosen["owners"])): chosen for chosen in found["choices"]}
     plan, cheapest = by_chooser["plan", 2], by_chooser["kl", 2]
-    assert plan["owners"] == cheapest["owners"]
+    assert plan["summed_kl"] >= cheapest["summed_kl"]
     costs = {(pair["borrower"], pair["owner"]): pair["kl"] for pair in found["pairs"]}
     assert plan["summed_kl"] == pytest.approx(sum(costs[tuple(pair)] for pair in plan["owners"]))
-    assert plan["summed_kl"] <= by_chooser["echoatt", 2]["summed_kl"]
     done = run_cli("convert", donor, tmp_path / "student", "--plan", analyzed[1] / "plan.yaml", "--json")
     assert done.exit_code == 0, done.stderr
     rows = json.loads((tmp_path / "student/config.json").read_text())["layer_plan"]
@@ -117,16 +119,18 @@ def test_explanation_counts_every_row_that_is_read(donor, text, monkeypatch):
 @pytest.mark.parametrize(
     ("budget", "layers"), [({"cache_bytes_per_token": 768}, 2), ({"parameters": 40_000}, 1), ({"shared_layers": 3}, 3)]
 )
-def test_plan_meets_its_budget(donor, text, budget, layers):
-    result = Analysis(donor, text=[str(text)], **SMALL, **budget).run()
-    plan, kl = (
-        result.choices[-1],
-        next(one for one in result.choices if one.chooser == "kl" and len(one.owners) == layers),
-    )
+def test_plan_meets_its_budget_with_the_best_candidate(donor, text, budget, layers):
+    analysis = Analysis(donor, text=[str(text)], **SMALL, **budget)
+    result = analysis.run()
+    plan = result.choices[-1]
     assert plan.chooser == "plan" and len(plan.owners) == layers
     for name, amount in budget.items():
         assert name == "shared_layers" or getattr(plan, name) <= amount
-    assert plan.owners == kl.owners and ConversionPlan.from_dict(result.plan).sharing == "echo"
+    sets = [nearest_owners(borrowers, ["any"] * 4) for borrowers in combinations(range(1, 4), layers)]  # no more than 8
+    sharings = [Sharing(pattern="echo", owners=owners) for owners in sets]
+    scores = measure_sharings(analysis.model, analysis.donor.layout, analysis.to_choose_NT, sharings, 3)
+    best = min(zip(sets, scores, strict=True), key=lambda pair: pair[1].kl)[0]
+    assert plan.owners == tuple(best.items()) and ConversionPlan.from_dict(result.plan).shared_layers == tuple(best)
 
 
 def test_reach_and_fewer_heads(donor, text):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from hf_gqa.analyze.echoatt import block_borrowers, kept_layers, mean_similarity, ranked_borrowers
-from hf_gqa.analyze.solver import cheapest_choices, choice_of, choose, greedy_choices, nearest_owners
+from hf_gqa.analyze.solver import cheapest_choices, cheapest_sets, choice_of, choose, greedy_choices, nearest_owners
 
 
-def random_problem(seed: int, layers: int = 7):
-    """Layers of two kinds, costs and savings that differ, and a pair in five not allowed."""
+def random_problem(seed: int, layers: int = 7, kinds_of_layers: int = 2):
+    """Layers of some kinds, costs and savings that differ, and a pair in five not allowed."""
     random = np.random.default_rng(seed)
-    kinds = random.choice(["full", "sliding"], layers).tolist()
+    kinds = random.choice(["full", "sliding"][:kinds_of_layers], layers).tolist()
     costs = {
         (borrower, owner): float(random.integers(1, 50))
         for borrower in range(layers)
@@ -96,3 +96,23 @@ def test_echoatt_keeps_the_ends_below_the_largest_gap_and_shares_blocks(means, k
 
 def test_echoatt_shares_the_most_alike_first():
     assert ranked_borrowers(similarity_with_means([0.9, 0.3, 0.5, 0.4]), [1, 2, 3]) == [2, 3, 1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("kinds_of_layers", [1, 2])
+def test_shortlist_holds_the_cheapest_sets_in_order(seed, kinds_of_layers):
+    kinds, costs, saved = random_problem(seed, kinds_of_layers=kinds_of_layers)
+    every = every_choice(kinds, costs, saved)
+    for to_save in (1, 3, 5):
+        found = cheapest_sets(kinds, costs, saved, to_save, count=4)
+        assert len({tuple(choice.borrowers) for choice in found}) == len(found)
+        assert all(choice.saved >= to_save for choice in found)
+        costs_found = [choice.cost for choice in found]
+        enough_at_last = [
+            one for one in every if one.saved >= to_save > one.saved - saved[max(one.borrowers, default=0)]
+        ]
+        if kinds_of_layers == 1:
+            assert costs_found == sorted(choice.cost for choice in enough_at_last)[:4]
+        assert costs_found == sorted(costs_found)
+        cheapest = choose(cheapest_choices(kinds, costs, saved), to_save)
+        assert costs_found[:1] == ([] if cheapest is None else [cheapest.cost])

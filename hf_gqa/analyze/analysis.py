@@ -21,7 +21,7 @@ from ..evaluate.opened import device_of
 from ..progress_bar import progress_bar
 from .borrowing import RowScores, Sharing, measure_sharings
 from .candidates import candidate_pairs, check_donor, layer_kinds, resolved_sample_tokens, rows_of_text
-from .choices import check_budget, choice_for_budget, choices_by_number, plan_of
+from .choices import check_budget, choices_by_number, plan_of, shortlist
 from .echoatt import kept_layers, mean_similarity
 from .prices import PriceList
 from .recipe import AnalysisRecipe
@@ -52,8 +52,8 @@ class Analysis:
         check_donor(self.donor)
         self.kinds = layer_kinds(self.donor)
         self.pairs = candidate_pairs(self.kinds, self.recipe.reach, self.donor.name)
-        whole = Choice(owners={self.pairs[0][0]: self.pairs[0][1]}, saved=1, cost=0.0)
-        choose_target(self.donor, plan_of(self.donor, self.recipe, whole))  # refuses what could not be converted
+        one_borrower = Choice(owners=dict(self.pairs[:1]), saved=1, cost=0.0)
+        choose_target(self.donor, plan_of(self.donor, self.recipe, one_borrower))  # refuses what cannot be converted
         length = resolved_sample_tokens(self.donor, self.recipe.sample_tokens)
         self.batch_size = self.recipe.batch_size or max(1, TOKENS_AT_ONCE // length)
         self.wanted_rows = 2 * max(1, self.recipe.tokens // length)
@@ -78,12 +78,16 @@ class Analysis:
 
     @property
     def samples_NT(self) -> torch.Tensor:
-        return self.tokens_NT[: self.recipe.samples]
+        """Of the rows to choose by, as many as similarity is averaged over."""
+        rows = len(self.to_choose_NT)
+        picked = np.linspace(0, rows - 1, min(rows, self.recipe.samples)).round().astype(int)
+        return self.to_choose_NT[picked]
 
     def explanation(self) -> dict:
         """What will be run, before it is; one row is read for it, twice."""
         layers = len(self.kinds)
-        rows = len(self.samples_NT) + (1 + len(self.pairs)) * len(self.to_choose_NT)
+        candidates = 1 + self.recipe.candidates if self.recipe.budgets else 0
+        rows = len(self.samples_NT) + (1 + len(self.pairs) + candidates) * len(self.to_choose_NT)
         most = rows + (1 + 3 * (layers - 1) + 2) * len(self.to_check_NT)  # three choosers, the paper's blocks, the plan
         return {
             "donor": self.donor.name,
@@ -121,7 +125,7 @@ class Analysis:
         scores = self._measured("Pairs", singles, self.to_choose_NT)
         costs = {pair: max(0.0, one.kl) for pair, one in zip(self.pairs, scores, strict=True)}
         picked = choices_by_number(self.kinds, costs, similarity, self.recipe.block_layers)
-        chosen = choice_for_budget(self.recipe, self.kinds, costs, self.prices)
+        chosen = self._best_of(shortlist(self.recipe, self.kinds, costs, self.prices))
         if chosen is not None:
             picked.append(("plan", chosen))
         donor, checked = self._checked(picked)
@@ -149,6 +153,13 @@ class Analysis:
             seconds=time.perf_counter() - begun,
             notes=tuple(self._notes()),
         )
+
+    def _best_of(self, candidates: list[Choice]) -> Choice | None:
+        """Measured whole, on the text to choose by: borrowers of one owner may hurt each other, which no sum sees."""
+        if len(candidates) < 2:
+            return next(iter(candidates), None)
+        scores = self._measured("Candidates", [choice.owners for choice in candidates], self.to_choose_NT)
+        return min(zip(candidates, scores, strict=True), key=lambda pair: pair[1].kl)[0]
 
     def _measured(self, words: str, sets: Sequence[dict[int, int]], tokens_NT: torch.Tensor) -> list[RowScores]:
         sharings = [Sharing(pattern=self.recipe.sharing, owners=owners) for owners in sets]

@@ -11,7 +11,7 @@ from ..sharing import SHARINGS
 from .echoatt import block_borrowers, ranked_borrowers
 from .prices import PriceList
 from .recipe import AnalysisRecipe
-from .solver import Choice, cheapest_choices, choice_of, choose, greedy_choices, nearest_owners
+from .solver import Choice, cheapest_choices, cheapest_sets, choice_of, greedy_choices, nearest_owners
 
 
 Pairs = Sequence[tuple[int, int]]  # (borrower, owner)
@@ -60,14 +60,14 @@ def _of(borrowers: Sequence[int], kinds: Sequence[str], costs: Mapping[tuple[int
     return choice_of(borrowers, kinds, costs, one_each) or unmeasured
 
 
-def choice_for_budget(
+def shortlist(
     recipe: AnalysisRecipe, kinds: Sequence[str], costs: Mapping[tuple[int, int], float], prices: PriceList
-) -> Choice | None:
-    """The cheapest that meets the recipe's budget, which has been checked; None without one."""
+) -> list[Choice]:
+    """The cheapest that meet the recipe's budget, which has been checked; none without one."""
     for budget in recipe.budgets:
         wanted = prices.to_save(recipe.sharing, budget, getattr(recipe, budget))
-        return choose(cheapest_choices(kinds, costs, prices.saved(recipe.sharing, budget)), wanted)
-    return None
+        return cheapest_sets(kinds, costs, prices.saved(recipe.sharing, budget), wanted, recipe.candidates)
+    return []
 
 
 def plan_of(donor: Donor, recipe: AnalysisRecipe, choice: Choice) -> ConversionPlan:

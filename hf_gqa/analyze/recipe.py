@@ -9,7 +9,7 @@ from .borrowing import BORROWED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUDGETS = ("cache_bytes_per_token", "parameters", "shared_layers")
-POSITIVE = (*BUDGETS, "tokens", "samples", "reach", "batch_size", "num_key_value_heads")
+POSITIVE = (*BUDGETS, "tokens", "samples", "reach", "batch_size", "num_key_value_heads", "candidates")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,9 @@ class AnalysisRecipe(Recipe):
         shared_layers: how many layers shall borrow, which is what makes it faster. Without any of the three no plan is made.
         num_key_value_heads: KV heads of every layer of the student; None: as many as the donor has. What borrowing costs is
             measured with the donor's own in any case.
+        candidates: of the sharings with the smallest sums of costs, how many are measured whole before one is the plan.
         tokens: to measure costs on, and as many more to check choices on.
-        samples: over which the similarity of attention is averaged.
+        samples: of the rows to choose by, over which the similarity of attention is averaged; at most all of them.
         sample_tokens: of a sample, and of the rows of all text; None: 512, or the longest that the donor takes.
         reach: a layer may borrow from one that is at most so many layers before it; None: from any before it.
         block_layers: of which the paper's choice shares all but the first.
@@ -44,6 +45,7 @@ class AnalysisRecipe(Recipe):
     parameters: int | None = None
     shared_layers: int | None = None
     num_key_value_heads: int | None = None
+    candidates: int = 8
     tokens: int = 16_384
     samples: int = 32
     sample_tokens: int | None = None

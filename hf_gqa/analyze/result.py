@@ -24,7 +24,8 @@ class Chosen:
 
     Args:
         chooser: "kl", the smallest sum of pair costs; "greedy", layer by layer; "echoatt", the most alike to all others;
-            "echoatt_blocks", the paper's own choice; "plan", "kl" for the budget.
+            "echoatt_blocks", the paper's own choice; "plan", the best of those that
+            cost least by sum and meet the budget, measured whole.
         owners: (borrower, owner).
         summed_kl: the sum of pair costs, which the first two go by; None where a pair was not measured.
         kl, loss, top1_agreement: measured together, on text that was not chosen by.

@@ -53,6 +53,38 @@ def choose(choices: Sequence[Choice], to_save: int) -> Choice | None:
     return min(enough, key=lambda choice: (choice.cost, choice.saved), default=None)
 
 
+def cheapest_sets(kinds: Sequence, costs: PairCosts, saved: Sequence[int], to_save: int, count: int) -> list[Choice]:
+    """The `count` cheapest choices, cheapest first, that save enough, and that without their last borrower do not.
+
+    For measuring together what sums only guess: the same dynamic program, with as many choices kept for each last owner
+    and amount saved, where all amounts that are enough are one.
+    """
+    chains = [[layer for layer, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+    joined = [Choice(owners={}, saved=0, cost=0.0)]
+    for layers in chains:
+        by_last_owner = {layers[0]: joined}
+        for layer in layers[1:]:
+            owning = [choice for choices in by_last_owner.values() for choice in choices]
+            for owner, choices in by_last_owner.items():
+                cost = costs.get((layer, owner))
+                wanting = [] if cost is None else [choice for choice in choices if choice.saved < to_save]
+                by_last_owner[owner] = [_with_borrower(choice, layer, owner, cost, saved) for choice in wanting]
+            by_last_owner[layer] = owning
+            by_last_owner = {owner: _shortest(choices, to_save, count) for owner, choices in by_last_owner.items()}
+        joined = _shortest([choice for choices in by_last_owner.values() for choice in choices], to_save, count)
+    return sorted((choice for choice in joined if choice.saved >= to_save), key=lambda choice: choice.cost)
+
+
+def _shortest(choices: list[Choice], to_save: int, count: int) -> list[Choice]:
+    """The `count` cheapest of each amount saved."""
+    kept: dict[int, list[Choice]] = {}
+    for choice in sorted(choices, key=lambda one: one.cost):
+        of_amount = kept.setdefault(min(choice.saved, to_save), [])
+        if len(of_amount) < count:
+            of_amount.append(choice)
+    return [choice for of_amount in kept.values() for choice in of_amount]
+
+
 def greedy_choices(kinds: Sequence, costs: PairCosts, saved: Sequence[int]) -> list[Choice]:
     """The baseline: again and again the layer that adds least to the sum for what it saves becomes a borrower."""
     choices = [Choice(owners={}, saved=0, cost=0.0)]

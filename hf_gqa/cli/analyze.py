@@ -27,6 +27,7 @@ HELP = {
     "cache_bytes_per_token": "Budget: the most cache per token, in bytes.",
     "parameters": "Budget: the most parameters.",
     "num_key_value_heads": "KV heads of every layer of the student; the donor's if not said.",
+    "candidates": "Measure so many of the cheapest sharings whole before one is the plan; 8 if not said.",
     "tokens": "Measure costs on so many tokens, and check choices on as many more; 16384 if not said.",
     "samples": "Average the similarity of attention over so many samples; 32 if not said.",
     "sample_tokens": "Tokens of a sample; 512, or the longest that the donor takes, if not said.",

@@ -43,8 +43,6 @@ from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, row
 
 
 METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
-
-
 KEY_VALUE_ROWS = (
     ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
     ("cache per token", cache_in_words),
@@ -115,25 +113,22 @@ def convert(
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
         text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
-        known = found = None
-        if wanted is not None:
-            known = _calibration(opened, *text)
-            found = wanted.search(opened, known)
-            plan = found.plan
+        known = _calibration(opened, *text) if wanted else None
+        found = wanted and wanted.search(opened, known)
+        plan = found.plan if found else plan
         explanation = explain(opened, plan, choose_target(opened, plan))
-        choice = None if found is None else found.to_dict()
+        choice = found and found.to_dict()
         if not json:
             _print_plan(explanation, output, found)
         if not dry_run:
             known = known or _calibration(opened, *text)
             convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
+    said = {"output": str(output), "written": not dry_run} | ({} if choice is None else {"choice": choice})
     if json:
-        said = {} if choice is None else {"choice": choice}
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run} | said)
-    elif dry_run:
-        console().print("Nothing was written (--dry-run).")
+        print_json(explanation.to_dict() | said)
     else:
-        console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
+        written = f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}"
+        console().print("Nothing was written (--dry-run)." if dry_run else written)
 
 
 def _calibration(

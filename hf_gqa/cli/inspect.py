@@ -40,6 +40,11 @@ def inspect(
         out.print(f"  encoder        {heads_in_words(found['num_key_value_heads_encoder'])}")
         out.print(f"  cache/read     {human_bytes(found['cache_bytes_per_encoder_token'])} for each token that is read")
     out.print(f"  family         {family_in_words(found['family'])}")
+    print_targets(found)
+
+
+def print_targets(found: dict) -> None:
+    out = console()
     what = "cache/token" if found["cache_bytes_per_token"] else "keys, values/token"
     table = Table("KV heads", "method", what, "of donor", "tensor parallel", "export", "because")
     for target in found["targets"]:

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import ENCODER, AttentionSite, attention_sites
+from ..runtime.attention_sites import AttentionSite, attention_sites
 from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
@@ -68,11 +68,6 @@ class Donor:
     def num_key_value_heads(self) -> list[int]:
         """Of each attention: without an encoder, of each layer."""
         return key_value_heads(self.family, self.layout, self.config)
-
-    @property
-    def cached_key_value_heads(self) -> list[int]:
-        """Of each attention but an encoder's below a decoder, which caches nothing."""
-        return [n for site, n in zip(self.sites, self.num_key_value_heads, strict=True) if site.kind != ENCODER]
 
     @property
     def has_head_norms(self) -> bool:

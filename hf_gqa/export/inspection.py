@@ -1,6 +1,7 @@
 """What a donor is, and every head count it can be converted to."""
 
 from ..convert.donor import Donor
+from ..convert.donor_sites import decoder_key_value_heads
 from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
 from ..refusal import Refusal
@@ -11,10 +12,18 @@ from .support_table import support_row
 def inspect_donor(donor: Donor) -> dict:
     """The donor's numbers, and for each legal head count what the student would be and why."""
     before = facts(donor)
-    fewer, more = legal_targets(donor.num_attention_heads, min(donor.cached_key_value_heads))
+    fewer, more = legal_targets(
+        donor.num_attention_heads, min(decoder_key_value_heads(donor.family, donor.layout, donor.config))
+    )
     targets, impossible = [], []
     for heads in reversed([*fewer, *more]):
-        kind = "keep" if {heads} == set(donor.cached_key_value_heads) else "expand" if heads in more else "reduce"
+        kind = (
+            "keep"
+            if {heads} == set(decoder_key_value_heads(donor.family, donor.layout, donor.config))
+            else "expand"
+            if heads in more
+            else "reduce"
+        )
         plan = ConversionPlan(num_key_value_heads=heads, method=("expand",) if kind == "expand" else ("mean_pool",))
         try:
             explained = explain(donor, plan, choose_target(donor, plan))

@@ -80,7 +80,7 @@ def methods_in_words(layout: AttentionLayout) -> str:
 
 def sharing_in_words(layout: AttentionLayout) -> str:
     """Patterns are rows, which planned attention follows in every family whose blocks let it."""
-    lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), 1))]
+    lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), (1, 1)))]
     return "all" if layout.passes_keywords else f"all but {', '.join(f'`{name}`' for name in lending)}"
 
 
