@@ -39,7 +39,7 @@ VOCAB_SIZE = 99
 SPECIAL = {
     "falcon": {"multi_query": False},
     "gpt_bigcode": {"multi_query": False},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]], "window_size": 6},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4, "n_ctx": 64},
     "mpt": {"max_seq_len": 64, "use_cache": True},
