@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..convert.calibration import Calibration, calibrate, check_decoder, fingerprint
+from ..convert.calibration import Calibration, calibrate, fingerprint
 from ..convert.donor import Donor
 from ..convert.student import load_tokenizer
 from ..refusal import Refusal
@@ -58,7 +58,6 @@ def make_calibration(
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
-    check_decoder(donor)
     if files and dataset is not None:
         raise Refusal("calibration: files and a dataset are given. Give one of them.")
     if any(Path(file).suffix == SAVED for file in files):
