@@ -104,8 +104,9 @@ def test_command_line_explains_and_converts_the_encoder_if_asked(tmp_path):
     arguments = ["convert", str(tmp_path / "donor"), str(tmp_path / "student"), "--num-key-value-heads", "1"]
     told = CliRunner().invoke(app, [*arguments, "--dry-run"])
     assert told.exit_code == 0, told.output
-    assert "KV heads, cross-attention" in told.output and "1 in each of 2 layers" in told.output
-    assert "4 in each of 2 layers" in told.output, "the encoder keeps its heads"
+    kept = "1 in each of 2 layers of the decoder, cross-attention 1 in each of 2 layers, encoder 4 in each of 2 layers"
+    assert kept in told.output
+    assert "128 B written, 128 B for each token that is read" in told.output
     as_json = CliRunner().invoke(app, [*arguments, "--convert-encoder", "--json"])
     after = json.loads(as_json.stdout)["after"]
     assert after["num_key_value_heads_encoder"] == after["num_key_value_heads_cross"] == [1, 1]

@@ -1,5 +1,6 @@
 """The tables of families say what the code does, in the files and in `hf-gqa inspect`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,10 @@ def test_inspect_prints_the_row(tmp_path):
     line = next(line for line in found.output.splitlines() if line.strip().startswith("family "))
     assert "olmo2: projections separate; query and key norms over all heads at once; fewer KV heads native;" in line
     assert "methods all but fold, low_rank, refit_queries; sharing all" in line
+
+
+def test_the_worked_example_is_the_file():
+    text = (REPOSITORY / "docs/add-a-family.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    file = (REPOSITORY / "hf_gqa/runtime/modeling_gqa_smollm3.py").read_text(encoding="utf-8")
+    assert len(blocks) == 2 and all(block in file for block in blocks)

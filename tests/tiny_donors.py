@@ -39,7 +39,7 @@ VOCAB_SIZE = 99
 SPECIAL = {
     "falcon": {"multi_query": False},
     "gpt_bigcode": {"multi_query": False},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]], "window_size": 6},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4, "n_ctx": 64},
     "mpt": {"max_seq_len": 64, "use_cache": True},
@@ -60,6 +60,12 @@ SPECIAL = {
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 7,
         "attn_logit_softcapping": 2.0,
+    },
+    "smollm3": {
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
     },
     "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "granite": {

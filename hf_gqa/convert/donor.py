@@ -218,11 +218,7 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
     layout, obstacle = family.layout_of(config.model_type), family.donor_obstacle(config)
     if obstacle is not None:
         raise Refusal(f"{where}: {obstacle}. Such donors cannot be converted.")
-    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
-        raise Refusal(
-            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
-            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
-        )
+    _check_is_encoder(where, config, layout)
     check_heads(where, config, family, layout)
     try:
         plain = copy.deepcopy(model_config)
@@ -250,6 +246,15 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         dropped=dropped,
         as_published=as_published,
     )
+
+
+def _check_is_encoder(where: str, config: PretrainedConfig, layout: AttentionLayout) -> None:
+    """Refuse BERT and the like as decoders."""
+    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise Refusal(
+            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{config.model_type}' as the encoder "
+            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
+        )
 
 
 def _first_value(mapping) -> str:
