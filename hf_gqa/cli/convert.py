@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
-from ..convert.plan import EXPORTS
+from ..convert.plan import EXPORTS, ConversionPlan
 from ..convert.target import choose_target
 from ..export.calibration_text import DEFAULT_TOKENS, SAVED, dataset_source, make_calibration
 from ..export.explanation import Explanation, explain
@@ -35,17 +35,17 @@ from .plan_options import (
     ShareEvery,
     Sharing,
     asked_plan,
-    parsed_layers,
     read_plan,
 )
 from .printing import all_heads_in_words, cache_in_words, console, errors_as_messages, print_json
-from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
+from .search_options import CacheBudget, KvBudget, LayerHeads, WantedSearch, plan_fields, print_search, wanted_search
 
 
 METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
 
 
 def convert(
+    context: typer.Context,
     donor: str = typer.Argument(..., help="Folder or Hub repository of the donor; it is only read."),
     output: Path = typer.Argument(..., help="Folder to write; it appears complete or not at all."),
     num_key_value_heads: int | None = typer.Option(
@@ -79,35 +79,40 @@ def convert(
     The student has fewer KV heads, or more with `expand`. What will be done is explained first.
     """
     with errors_as_messages(json):
-        asked = {
-            "num_key_value_heads": num_key_value_heads,
-            "method": method,
-            "sharing": sharing,
-            "shared_layers": parsed_layers(shared_layers),
-            "share_every": share_every,
-            "shared_init": shared_init,
-            "export": export,
-            "seed": seed,
-            "layer_plan": rows_of_layers(layer_heads),
-            "convert_encoder": convert_encoder,
-        }
+        asked = plan_fields(context.params)
         wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
         plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
         check_output(output, overwrite, None)
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
         text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
-        known = _calibration(opened, *text) if wanted else None
-        found = wanted and wanted.search(opened, known)
-        plan = found.plan if found else plan
-        explanation = explain(opened, plan, choose_target(opened, plan))
-        choice = found and found.to_dict()
-        if not json:
-            _print_plan(explanation, output, found)
-        if not dry_run:
-            known = known or _calibration(opened, *text)
-            convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
+        explanation, choice = _convert(opened, output, plan or wanted, text, dry_run, overwrite, json)
     _say_what_was_done(explanation, donor, output, dry_run, choice, json)
+
+
+def _convert(
+    donor: Donor,
+    output: Path,
+    plan: ConversionPlan | WantedSearch,
+    text: tuple,
+    dry_run: bool,
+    overwrite: bool,
+    json: bool,
+) -> tuple[Explanation, dict | None]:
+    """The explanation and, of a plan that was to be found, what was tried."""
+    known = found = None
+    if isinstance(plan, WantedSearch):
+        known = _calibration(donor, *text)
+        found = plan.search(donor, known)
+        plan = found.plan
+    explanation = explain(donor, plan, choose_target(donor, plan))
+    choice = found and found.to_dict()
+    if not json:
+        _print_plan(explanation, output, found)
+    if not dry_run:
+        known = known or _calibration(donor, *text)
+        convert_checkpoint(donor, output, plan, calibration=known, choice=choice, overwrite=overwrite)
+    return explanation, choice
 
 
 def _say_what_was_done(
