@@ -1,6 +1,7 @@
 """hf-gqa convert: explain the plan, then write the student."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import typer
 from rich.table import Table
@@ -78,36 +79,43 @@ def convert(
 
     The student has fewer KV heads, or more with `expand`. What will be done is explained first.
     """
+    given = SimpleNamespace(**locals())
     with errors_as_messages(json):
-        asked = {
-            "num_key_value_heads": num_key_value_heads,
-            "method": method,
-            "sharing": sharing,
-            "shared_layers": parsed_layers(shared_layers),
-            "share_every": share_every,
-            "shared_init": shared_init,
-            "export": export,
-            "seed": seed,
-            "layer_plan": rows_of_layers(layer_heads),
-            "convert_encoder": convert_encoder,
-        }
-        wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
-        plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
-        check_output(output, overwrite, None)
-        opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
-        check_output(output, overwrite, opened.folder)
-        text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
-        known = _calibration(opened, *text) if wanted else None
-        found = wanted and wanted.search(opened, known)
-        plan = found.plan if found else plan
-        explanation = explain(opened, plan, choose_target(opened, plan))
-        choice = found and found.to_dict()
-        if not json:
-            _print_plan(explanation, output, found)
-        if not dry_run:
-            known = known or _calibration(opened, *text)
-            convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
+        explanation, choice = _convert(given)
     _say_what_was_done(explanation, donor, output, dry_run, choice, json)
+
+
+def _convert(given: SimpleNamespace) -> tuple[Explanation, dict | None]:
+    """What was explained and, unless it is a dry run, done; and what a search for the plan found, if there was one."""
+    asked = {
+        "num_key_value_heads": given.num_key_value_heads,
+        "method": given.method,
+        "sharing": given.sharing,
+        "shared_layers": parsed_layers(given.shared_layers),
+        "share_every": given.share_every,
+        "shared_init": given.shared_init,
+        "export": given.export,
+        "seed": given.seed,
+        "layer_plan": rows_of_layers(given.layer_heads),
+        "convert_encoder": given.convert_encoder,
+    }
+    wanted, file = wanted_search(asked, given.plan_file, given.kv_budget, given.cache_budget), given.plan_file
+    plan = None if wanted else read_plan(file, asked) if file is not None else asked_plan(asked)
+    check_output(given.output, given.overwrite, None)
+    code = {"weights_only": given.weights_only, "trust_remote_code": given.trust_remote_code}
+    opened = open_donor(given.donor, revision=given.revision, **code)
+    check_output(given.output, given.overwrite, opened.folder)
+    known = _calibration(opened, given) if wanted else None
+    found = wanted and wanted.search(opened, known)
+    plan = found.plan if found else plan
+    explanation = explain(opened, plan, choose_target(opened, plan))
+    choice = found and found.to_dict()
+    if not given.json:
+        _print_plan(explanation, given.output, found)
+    if not given.dry_run:
+        known = known or _calibration(opened, given)
+        convert_checkpoint(opened, given.output, plan, calibration=known, choice=choice, overwrite=given.overwrite)
+    return explanation, choice
 
 
 def _say_what_was_done(
@@ -121,9 +129,10 @@ def _say_what_was_done(
         console().print("Nothing was written (--dry-run)." if dry_run else written)
 
 
-def _calibration(
-    donor: Donor, files: list[str], dataset: str | None, tokens: int | None, seed: int, save: Path | None
-) -> Calibration | None:
+def _calibration(donor: Donor, given: SimpleNamespace) -> Calibration | None:
+    files, dataset, tokens, save = (
+        given.calibration or [], given.calibration_dataset, given.calibration_tokens, given.save_calibration
+    )  # fmt: skip
     if save is not None and save.suffix != SAVED:
         raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
     if not files and dataset is None and tokens is None:
@@ -131,7 +140,7 @@ def _calibration(
             raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
         return None
     source = None if dataset is None else dataset_source(dataset)
-    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed, source)
+    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, given.seed, source)
     if save is not None:
         made.write(save)
     return made
