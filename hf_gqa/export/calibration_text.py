@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.calibration import Calibration, calibrate, fingerprint
 from ..convert.donor import Donor
@@ -73,9 +73,24 @@ def make_calibration(
     model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
     length = min(MOST_ROW_TOKENS, donor.longest_tokens or MOST_ROW_TOKENS)
-    if files or dataset:
-        source = dataset or TextSource(train_file=tuple(map(str, files)))
-        return calibrate(donor, model, _tokens(_rows_of(source, tokenizer, length, -(-tokens // length))))
+    if not (files or dataset):
+        return calibrate(donor, model, _written_rows(donor, model, tokenizer, tokens, length, seed))
+    source = dataset or TextSource(train_file=tuple(map(str, files)))
+    return calibrate(donor, model, _rows_of(source, tokenizer, tokens, length))
+
+
+def _rows_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int) -> torch.Tensor:
+    rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)
+    wanted = -(-tokens // length)
+    if source.streaming:
+        return _tokens(islice(rows, wanted))
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), wanted)).round().astype(int)
+    return _tokens(rows.select(picked.tolist()))
+
+
+def _written_rows(
+    donor: Donor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
+) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         rows = sampled_rows(
             model,
@@ -87,15 +102,7 @@ def make_calibration(
             seed=seed,
             batch_size=min(32, -(-tokens // length)),
         )
-        return calibrate(donor, model, _tokens(rows))
-
-
-def _rows_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int):
-    """From all over the text; of a stream, the first."""
-    rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)
-    if source.streaming:
-        return islice(rows, wanted)
-    return rows.select(np.linspace(0, len(rows) - 1, min(len(rows), wanted)).round().astype(int).tolist())
+        return _tokens(rows)
 
 
 def _tokens(rows) -> torch.Tensor:
