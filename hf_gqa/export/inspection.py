@@ -9,6 +9,16 @@ from .explanation import Explanation, explain, facts
 from .support_table import support_row
 
 
+NUMBERS = (
+    "cache_bytes_per_token",
+    "cache_bytes_per_token_beyond_window",
+    "cache_bytes_per_encoder_token",
+    "key_value_bytes_per_token",
+    "parameters",
+    "tensor_parallel_sizes",
+)
+
+
 def inspect_donor(donor: Donor) -> dict:
     """The donor's numbers, and for each legal head count what the student would be and why."""
     before = facts(donor)
@@ -35,14 +45,9 @@ def _numbers(explained: Explanation, before: dict) -> dict:
     """Of one student."""
     after = explained.after
     return {
-        "cache_bytes_per_token": after["cache_bytes_per_token"],
-        "cache_bytes_per_token_beyond_window": after["cache_bytes_per_token_beyond_window"],
-        **{n: v for n, v in after.items() if n == "cache_bytes_per_encoder_token"},
-        "key_value_bytes_per_token": after["key_value_bytes_per_token"],
+        **{name: after[name] for name in NUMBERS if name in after},
         "cache_fraction": _fraction(after, before, "cache_bytes_per_token"),
         "key_value_fraction": _fraction(after, before, "key_value_bytes_per_token"),
-        "parameters": after["parameters"],
-        "tensor_parallel_sizes": after["tensor_parallel_sizes"],
         "export": explained.export,
         "model_class": explained.model_class,
         "reason": explained.reason,
