@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_gqa import Refusal
 from hf_gqa.analyze.attention_calls import AttentionCall, attention_mixed_by
 from hf_gqa.analyze.similarity import attention_similarity, cosines, probabilities
 from hf_gqa.convert.donor import donor_from_model
@@ -145,3 +146,19 @@ def test_other_models_are_not_touched():
     wanted = other(samples(1, 4)).logits
     with attention_mixed_by(model, donor_from_model(model).layout, lambda layer_idx, call: call.mixed() * 0):
         assert torch.equal(other(samples(1, 4)).logits, wanted)
+
+
+def test_layers_that_cannot_be_heard_are_refused():
+    """One that computes its attention by itself would seem to borrow for nothing."""
+    model = tiny_donor("llama")
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (attention.o_proj(hidden_states), None)
+    with pytest.raises(Refusal, match=r"layers 1 do not call their attention through transformers' AttentionInterface"):
+        attention_similarity(model, donor_from_model(model).layout, samples(1, 4))
+    assert ALL_ATTENTION_FUNCTIONS[NAME] is grouped_sdpa
+
+
+def test_families_outside_the_interface_are_refused():
+    model = tiny_donor("bloom")
+    with pytest.raises(Refusal, match="does not call its attention through transformers' AttentionInterface"):
+        attention_similarity(model, donor_from_model(model).layout, samples(1, 4))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..convert.grouped_attention import use_grouped_attention
+from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
 from ..runtime.grouped_attention import NAME, causal_mask, grouped_sdpa
 
@@ -55,24 +56,40 @@ def attention_mixed_by(model: PreTrainedModel, layout: AttentionLayout, mix: Mix
     Raises:
         Refusal: the model does not call its attention through transformers' AttentionInterface.
     """
-    layer_of = _layer_of_module(model, layout)
+    layer_of, heard = _layer_of_module(model, layout), set()
 
     def attention(module, query, key, value, attention_mask, dropout=0.0, **options):
         layer_idx = layer_of.get(module)
-        if layer_idx is None:
+        heard.add(layer_idx)
+        if layer_idx is None or not checked:
             return grouped_sdpa(module, query, key, value, attention_mask, dropout=dropout, **options)
         tensors = {"query": query, "key": key, "value": value, "attention_mask": attention_mask}
         return mix(layer_idx, AttentionCall(module=module, options=options, **tensors)), None
 
-    before = model.config._attn_implementation
+    before, checked = model.config._attn_implementation, False
     try:
         use_grouped_attention(model)
         ALL_ATTENTION_FUNCTIONS[NAME] = attention  # of this object only, over what is registered
+        with torch.no_grad():
+            two_tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            model.base_model(two_tokens, attention_mask=torch.ones_like(two_tokens), use_cache=False)
+        _check_heard(heard, model)
+        checked = True
         yield
     finally:
         if ALL_ATTENTION_FUNCTIONS.get(NAME) is attention:
             del ALL_ATTENTION_FUNCTIONS[NAME]
         model.set_attn_implementation(before)
+
+
+def _check_heard(heard: set[int], model: PreTrainedModel) -> None:
+    """A layer that is not heard would be taken for one that costs nothing."""
+    silent = sorted(set(range(model.config.num_hidden_layers)) - heard)
+    if silent:
+        raise Refusal(
+            f"{type(model).__name__}: layers {', '.join(map(str, silent))} do not call their attention through "
+            f"transformers' AttentionInterface, so it cannot be looked at. Choose layers by hand (--shared-layers)."
+        )
 
 
 def _layer_of_module(model: PreTrainedModel, layout: AttentionLayout) -> dict[nn.Module, int]:

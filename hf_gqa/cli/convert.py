@@ -107,8 +107,14 @@ def convert(
         if not dry_run:
             known = known or _calibration(opened, *text)
             convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
-    said = {"output": str(output), "written": not dry_run} | ({} if choice is None else {"choice": choice})
+    _say_what_was_done(explanation, donor, output, dry_run, choice, json)
+
+
+def _say_what_was_done(
+    explanation: Explanation, donor: str, output: Path, dry_run: bool, choice: dict | None, json: bool
+) -> None:
     if json:
+        said = {"output": str(output), "written": not dry_run} | ({} if choice is None else {"choice": choice})
         print_json(explanation.to_dict() | said)
     else:
         written = f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}"
