@@ -5,6 +5,7 @@ OLDEST_VENV ?= .venv-oldest
 # The oldest release that pyproject.toml claims.
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
+OLDEST_PYTEST := -q -n 2 --dist worksteal -W default -p no:cacheprovider -m "not slow"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
@@ -48,8 +49,11 @@ test-oldest: wheel
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 		"transformers==$(OLDEST_TRANSFORMERS)" pytest pytest-xdist hypothesis dist/*.whl
 	mkdir -p $(OLDEST_VENV)/run && rm -rf $(OLDEST_VENV)/run/* && cp -r tests examples $(OLDEST_VENV)/run/
-	cd $(OLDEST_VENV)/run && ../bin/python -m pytest -q -n 2 -W default -p no:cacheprovider -m "not slow" \
-		tests/test_conformance*.py tests/test_bundle.py tests/test_runtime.py tests/test_verify.py \
+	cd $(OLDEST_VENV)/run && ../bin/python -m pytest $(OLDEST_PYTEST) \
+		tests/test_conformance.py tests/test_conformance_oracle.py tests/test_seq2seq.py
+	cd $(OLDEST_VENV)/run && ONE_OF_EACH_STORAGE=1 ../bin/python -m pytest $(OLDEST_PYTEST) \
+		tests/test_conformance_decoding.py tests/test_conformance_gradients.py tests/test_conformance_heads.py \
+		tests/test_bundle.py tests/test_runtime.py tests/test_verify.py tests/test_sharing*.py \
 		tests/test_grouped_attention.py tests/test_grouped_attention_models.py \
 		tests/test_uptrain_teacher.py tests/test_uptrain_layer_matching.py tests/test_uptrain_callback.py \
 		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py \

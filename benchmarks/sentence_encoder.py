@@ -33,7 +33,7 @@ CONVERSIONS = [  # (KV heads, method, whether it looks at text, other fields of 
     *((heads, "mean_pool", False, {}, False) for heads in (6, 4, 2)),
     *((heads, "align,mean_pool", False, {}, False) for heads in (6, 4, 2)),
     *((heads, "fold", False, {}, False) for heads in (6, 4, 2)),
-    *((heads, "fold", True, {}, False) for heads in (6, 4, 2)),
+    *((heads, "fold", True, {}, heads == 2) for heads in (6, 4, 2)),
     *((heads, "fold,refit", True, {}, True) for heads in (2, 4)),
     (12, "mean_pool", False, {"sharing": "albert", "share_every": 2}, True),
     (2, "mean_pool", False, {}, True),

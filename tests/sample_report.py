@@ -236,7 +236,7 @@ def _conversion() -> dict:
     return {
         "format": 1,
         "plan": {"num_key_value_heads": [2], "method": ["mean_pool"], "sharing": "own"},
-        "layer_plan": [{"layer_idx": layer, "num_key_value_heads": 2} for layer in range(6)],
+        "layer_plan": [{"num_key_value_heads": 2}] * 6,
         "export": "native",
         "reason": "the donor's own class takes the plan",
         "model_class": "LlamaForCausalLM",

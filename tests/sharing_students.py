@@ -11,7 +11,15 @@ from hf_gqa.convert.families import load_family
 from hf_gqa.export.sharing_oracle import share_layers
 from hf_gqa.runtime.layer_plan import read_rows
 
-from .tiny_donors import MODEL_TYPES, NUM_ATTENTION_HEADS, NUM_LAYERS, SPECIAL, tiny_donor, use_attention
+from .tiny_donors import (
+    MODEL_TYPES,
+    NUM_ATTENTION_HEADS,
+    NUM_LAYERS,
+    SPECIAL,
+    of_each_storage,
+    tiny_donor,
+    use_attention,
+)
 
 
 DEPTH = 6  # of two attention types in turn, where the family has two
@@ -40,6 +48,9 @@ CASES = [(m, plan) for m in FAMILIES for plan in PLANS if m in WHOLE or plan in 
 CASES += [(m, "albert") for m in MODEL_TYPES if m not in FAMILIES]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 every_case = pytest.mark.parametrize(("model_type", "plan"), CASES)
+of_each_storage_a_case = pytest.mark.parametrize(
+    ("model_type", "plan"), [(m, plan) for m, plan in CASES if m in (*WHOLE, *of_each_storage(MODEL_TYPES))]
+)
 
 
 def deep_donor(model_type: str, **changes) -> PreTrainedModel:

@@ -100,14 +100,14 @@ def test_methods_that_look_at_text_come_closer(model_type):
 
 @every_encoder
 def test_fit_of_queries_sees_what_comes_after_a_token(model_type):
-    """With as many KV heads as before there is nothing to fit; with fewer, the mask of an encoder hides nothing."""
+    """A sliding layer of ModernBERT hides what is far, on both sides."""
     model = tiny_donor(model_type)
     run = LayerRun(model, donor_from_model(model).layout, ROWS)
-    if model_type == "modernbert":
-        with pytest.raises(Refusal, match=r"does not show how it scales its scores.* Leave refit_queries out"):
-            run.attention_arguments(0, 0, None)
-    else:
-        assert not run.attention_arguments(0, 0, None)["mask_BHLS"].any()
+    arguments = [run.attention_arguments(layer_idx, 0, None) for layer_idx in range(NUM_LAYERS)]
+    assert not arguments[0]["mask_BHLS"].any()
+    hidden = arguments[1]["mask_BHLS"][0, 0] == -torch.inf
+    assert torch.equal(hidden, hidden.T) and hidden.any() == (model_type == "modernbert")
+    assert arguments[0]["scaling"] == pytest.approx(8**-0.5)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hf_gqa
 from hf_gqa.runtime.grouped_attention import grouped_sdpa
 
-from .test_conformance import assert_close_for_float32, every_family, logits_of
+from .test_conformance import assert_close_for_float32, every_decoder_storage, every_family, logits_of
 from .test_conformance_decoding import (
     CHUNKS,
     VARIED,
@@ -103,7 +103,7 @@ GENERATIONS = {
 }
 
 
-@every_family
+@every_decoder_storage
 @every_export
 @pytest.mark.parametrize("way", GENERATIONS)
 def test_student_generates_the_same(model_type, export, way):
@@ -115,7 +115,7 @@ def test_student_generates_the_same(model_type, export, way):
         assert_same_generation(ours, stock)
 
 
-@every_family
+@every_decoder_storage
 def test_assisted_generation_is_the_same(model_type):
     student, assistant = student_of(model_type, "auto"), student_of(model_type, "auto", seed=1)
     options = {"batch": 1, "assistant_model": assistant, **VARIED}

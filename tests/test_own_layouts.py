@@ -139,6 +139,16 @@ def test_falcon_with_linear_biases_counts_them_once():
         assert_same_generation(generate(student, **static), expected)
 
 
+@torch.no_grad()
+def test_linear_biases_of_mpt_are_as_fine_in_bfloat16_at_the_start_of_a_long_text():
+    """There they are large numbers natively, and differ by little: what is rounded must be counted from the query."""
+    student = convert(tiny_donor("mpt", max_seq_len=1024), num_key_value_heads=2).to(torch.bfloat16)
+    student.set_attn_implementation("grouped_sdpa")
+    tokens = tokens_and_mask(batch=1, length=1000)[0]
+    alone, within = student(tokens[:, :40]).logits, student(tokens).logits[:, :40]
+    torch.testing.assert_close(within, alone, rtol=0, atol=0.02 * alone.abs().max().item())
+
+
 def test_clipped_mpt_is_refused():
     with pytest.raises(Refusal) as refusal:
         convert(tiny_donor("mpt", attn_config={"clip_qkv": 6.0}), num_key_value_heads=2)

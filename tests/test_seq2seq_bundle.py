@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from hf_gqa import convert, convert_checkpoint, open_donor
 from hf_gqa.cli import app
+from hf_gqa.cli.printing import all_heads_in_words
 from hf_gqa.export.verify import verify
 
 from .seq2seq_donors import (
@@ -104,8 +105,10 @@ def test_command_line_explains_and_converts_the_encoder_if_asked(tmp_path):
     arguments = ["convert", str(tmp_path / "donor"), str(tmp_path / "student"), "--num-key-value-heads", "1"]
     told = CliRunner().invoke(app, [*arguments, "--dry-run"])
     assert told.exit_code == 0, told.output
-    assert "KV heads, cross-attention" in told.output and "1 in each of 2 layers" in told.output
-    assert "4 in each of 2 layers" in told.output, "the encoder keeps its heads"
+    assert "cross-attention" in told.output and "for each token" in told.output
+    side = {"num_key_value_heads": [1], "num_key_value_heads_cross": [1], "num_key_value_heads_encoder": [4]}
+    words = "1 in each of 1 layers of the decoder, cross-attention 1 in each of 1 layers, encoder 4 in each of 1 layers"
+    assert all_heads_in_words(side) == words
     as_json = CliRunner().invoke(app, [*arguments, "--convert-encoder", "--json"])
     after = json.loads(as_json.stdout)["after"]
     assert after["num_key_value_heads_encoder"] == after["num_key_value_heads_cross"] == [1, 1]

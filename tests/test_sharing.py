@@ -19,7 +19,16 @@ from hf_gqa.convert.plan import ConversionPlan
 from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 
-from .sharing_students import CASES, DEPTH, PLANS, deep_donor, every_case, every_family, oracle_of, sharing_student
+from .sharing_students import (
+    CASES,
+    DEPTH,
+    PLANS,
+    deep_donor,
+    every_family,
+    of_each_storage_a_case,
+    oracle_of,
+    sharing_student,
+)
 from .test_conformance import assert_close_for_float32, assert_same_tensors, every_attention, logits_of
 from .test_in_memory_equals_on_disk import ONE_TENSOR_EACH, assert_same_student, stored, written
 from .tiny_donors import ENCODERS, tokens_and_mask
@@ -43,7 +52,7 @@ def test_scores_are_scaled_as_their_owner_scales_them(attention):
     assert_close_for_float32(logits_of(student), logits_of(oracle))
 
 
-@every_case
+@of_each_storage_a_case
 def test_borrowers_have_no_weights_for_what_they_borrow(model_type, plan):
     student, donor = sharing_student(model_type, plan), deep_donor(model_type)
     opened = donor_from_model(donor)
@@ -62,7 +71,7 @@ def test_borrowers_have_no_weights_for_what_they_borrow(model_type, plan):
             assert (f"{path}.{modules}_proj.weight" in names) == owned
 
 
-@every_case
+@of_each_storage_a_case
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
 def test_saved_once_and_loaded_as_it_was(model_type, plan, tie_word_embeddings, tmp_path):
     student = sharing_student(model_type, plan, tie_word_embeddings=tie_word_embeddings)
@@ -86,7 +95,7 @@ def load_tensors(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@every_case
+@of_each_storage_a_case
 @pytest.mark.parametrize("max_shard_size", [ONE_TENSOR_EACH])
 def test_on_disk_as_in_memory(model_type, plan, max_shard_size, tmp_path):
     folder = written(deep_donor(model_type), tmp_path / "donor", max_shard_size=max_shard_size)
@@ -94,7 +103,7 @@ def test_on_disk_as_in_memory(model_type, plan, max_shard_size, tmp_path):
     assert_same_student(tmp_path / "student", sharing_student(model_type, plan))
 
 
-@every_case
+@of_each_storage_a_case
 @pytest.mark.parametrize("num_tokens", [4, 16])
 def test_cache_bytes_measured_are_those_computed(model_type, plan, num_tokens):
     student = sharing_student(model_type, plan)

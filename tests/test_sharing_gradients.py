@@ -10,7 +10,7 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.runtime.layer_plan import read_rows
 from hf_gqa.weights.head_tensors import read_heads
 
-from .sharing_students import every_case, every_family, oracle_of, sharing_student
+from .sharing_students import every_family, of_each_storage_a_case, oracle_of, sharing_student
 from .test_conformance import DROPOUTS, assert_close_for_float32, every_attention
 from .test_conformance_gradients import enable_checkpointing, gradients
 from .tiny_donors import NUM_ATTENTION_HEADS, tokens_and_mask
@@ -72,7 +72,7 @@ def borrowed_norms(layout, rows) -> dict[str, str]:
     }
 
 
-@every_case
+@of_each_storage_a_case
 @every_attention
 def test_gradients_are_those_of_the_donor_made_to_share(model_type, plan, attention):
     student, oracle = sharing_student(model_type, plan, attention), oracle_of(model_type, plan, attention)
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_donor_made_to_share(model_type, plan, attent
     assert lent or plan.startswith("albert")
 
 
-@every_case
+@of_each_storage_a_case
 def test_gradient_checkpointing_changes_no_gradient(model_type, plan):
     student = copy.deepcopy(sharing_student(model_type, plan, **dict.fromkeys(DROPOUTS, 0.2))).train()
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from hf_gqa import Refusal, convert
 from hf_gqa.uptrain.layer_matching import LayerOutputs, relative_error
 from hf_gqa.uptrain.lora import lora_config
 
-from .test_conformance import DROPOUTS, every_attention, every_export, every_family, in_bfloat16
+from .test_conformance import DROPOUTS, every_attention, every_decoder_storage, every_export, every_family, in_bfloat16
 from .test_uptrain_phases import every_objective, losses_of, models_of, phase_of, uptrained
 from .test_uptrain_teacher import PEFT_ASKS, PEFT_SAYS
 from .tiny_donors import NUM_LAYERS, tiny_donor, tokens_and_mask
@@ -121,7 +121,7 @@ def by_hand(model, inputs: dict) -> tuple[dict, dict, dict]:
     return taken, put_out, hidden
 
 
-@every_family
+@every_decoder_storage
 @every_export
 def test_what_is_recorded_is_what_the_layers_take_in_and_put_out(model_type, export):
     student, teacher = pair(model_type, export)
@@ -138,7 +138,7 @@ def test_what_is_recorded_is_what_the_layers_take_in_and_put_out(model_type, exp
             assert torch.equal(layers.hidden[layer_idx], hidden[layer_idx])
 
 
-@every_family
+@every_decoder_storage
 @every_export
 def test_forced_layers_take_the_teachers_inputs(model_type, export):
     """And those above get what the layers below made of them: only attention's input is replaced."""
@@ -158,7 +158,7 @@ def test_forced_layers_take_the_teachers_inputs(model_type, export):
     assert torch.allclose(ours.attention[0], expected[0]) and not torch.allclose(ours.attention[1], expected[1])
 
 
-@every_family
+@every_decoder_storage
 @every_export
 def test_hooks_leave_the_plain_logits_alone(model_type, export):
     student, teacher = pair(model_type, export)
@@ -178,7 +178,7 @@ def test_hooks_leave_the_plain_logits_alone(model_type, export):
     assert not ours.forced_inputs
 
 
-@every_family
+@every_decoder_storage
 @every_part
 def test_identical_student_has_no_error(model_type, part):
     student, teacher = pair(model_type, num_key_value_heads=4)
@@ -255,7 +255,7 @@ def matched(student, teacher, part: str, forced: bool, rows=slice(None)) -> tupl
     return loss.item(), gradients_of(student)
 
 
-@every_family
+@every_decoder_storage
 @every_part
 def test_gradients_add_up_over_rows(model_type, part):
     student, teacher = pair(model_type)
@@ -266,7 +266,7 @@ def test_gradients_add_up_over_rows(model_type, part):
     assert_close({name: first[name] + second[name] for name in whole}, whole, 1e-4)
 
 
-@every_family
+@every_decoder_storage
 @every_export
 @pytest.mark.parametrize(("part", "forced"), [("attention", False), ("attention", True), ("hidden", False)])
 def test_checkpointed_layers_have_the_same_gradients(model_type, export, part, forced):
@@ -280,7 +280,7 @@ def test_checkpointed_layers_have_the_same_gradients(model_type, export, part, f
     assert_close(found, expected)
 
 
-@every_family
+@every_decoder_storage
 def test_inputs_of_a_teacher_in_bfloat16_are_taken_in_the_students_dtype(model_type):
     student, teacher = pair(model_type)
     teacher = in_bfloat16(teacher)
@@ -296,7 +296,7 @@ def test_inputs_of_a_teacher_in_bfloat16_are_taken_in_the_students_dtype(model_t
 
 
 @pytest.mark.filterwarnings(PEFT_ASKS, PEFT_SAYS)
-@every_family
+@every_decoder_storage
 def test_student_below_peft(model_type):
     student, teacher = pair(model_type)
     wrapped = get_peft_model(student, lora_config(student, rank=2))

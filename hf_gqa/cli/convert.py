@@ -38,29 +38,11 @@ from .plan_options import (
     parsed_layers,
     read_plan,
 )
-from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
+from .printing import all_heads_in_words, cache_in_words, console, errors_as_messages, print_json
 from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
 
 
 METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
-
-
-KEY_VALUE_ROWS = (
-    ("KV heads", lambda side: heads_in_words(side["num_key_value_heads"])),
-    ("cache per token", cache_in_words),
-)
-ENCODER_ROWS = (
-    ("KV heads, cross-attention", lambda side: heads_in_words(side["num_key_value_heads_cross"])),
-    ("KV heads, encoder", lambda side: heads_in_words(side["num_key_value_heads_encoder"])),
-    ("cache per token read", lambda side: human_bytes(side["cache_bytes_per_encoder_token"])),
-)
-ROWS = (
-    ("query heads", lambda side: str(side["num_attention_heads"])),
-    ("parameters", lambda side: human_count(side["parameters"])),
-    ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
-    ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
-    ("model type", lambda side: side["model_type"]),
-)
 
 
 def convert(
@@ -115,25 +97,28 @@ def convert(
         opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
         check_output(output, overwrite, opened.folder)
         text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
-        known = found = None
-        if wanted is not None:
-            known = _calibration(opened, *text)
-            found = wanted.search(opened, known)
-            plan = found.plan
+        known = _calibration(opened, *text) if wanted else None
+        found = wanted and wanted.search(opened, known)
+        plan = found.plan if found else plan
         explanation = explain(opened, plan, choose_target(opened, plan))
-        choice = None if found is None else found.to_dict()
+        choice = found and found.to_dict()
         if not json:
             _print_plan(explanation, output, found)
         if not dry_run:
             known = known or _calibration(opened, *text)
             convert_checkpoint(opened, output, plan, calibration=known, choice=choice, overwrite=overwrite)
+    _say_what_was_done(explanation, donor, output, dry_run, choice, json)
+
+
+def _say_what_was_done(
+    explanation: Explanation, donor: str, output: Path, dry_run: bool, choice: dict | None, json: bool
+) -> None:
     if json:
-        said = {} if choice is None else {"choice": choice}
-        print_json(explanation.to_dict() | {"output": str(output), "written": not dry_run} | said)
-    elif dry_run:
-        console().print("Nothing was written (--dry-run).")
+        said = {"output": str(output), "written": not dry_run} | ({} if choice is None else {"choice": choice})
+        print_json(explanation.to_dict() | said)
     else:
-        console().print(f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}")
+        written = f"Wrote {output}. Check it: hf-gqa verify {output} --donor {donor}"
+        console().print("Nothing was written (--dry-run)." if dry_run else written)
 
 
 def _calibration(
@@ -161,7 +146,15 @@ def _print_plan(explanation: Explanation, output: Path, found: FoundPlan | None)
 def print_explanation(explanation: Explanation, output: Path) -> None:
     before, after = explanation.before, explanation.after
     table = Table("", "donor", "student", title=f"{explanation.donor} -> {output}", title_justify="left")
-    for name, describe in (*KEY_VALUE_ROWS, *(ENCODER_ROWS if "num_key_value_heads_encoder" in before else ()), *ROWS):
+    for name, describe in (
+        ("KV heads", all_heads_in_words),
+        ("query heads", lambda side: str(side["num_attention_heads"])),
+        ("cache per token", cache_in_words),
+        ("parameters", lambda side: human_count(side["parameters"])),
+        ("weights", lambda side: f"{human_bytes(side['weight_bytes'])} ({side['dtype']})"),
+        ("tensor parallel", lambda side: ", ".join(map(str, side["tensor_parallel_sizes"]))),
+        ("model type", lambda side: side["model_type"]),
+    ):
         table.add_row(name, describe(before), describe(after))
     out = console()
     out.print(table)

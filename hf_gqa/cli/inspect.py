@@ -7,7 +7,7 @@ from ..convert.donor import open_donor
 from ..export.inspection import inspect_donor
 from ..human_units import human_bytes, human_count
 from .options import Json, Revision, TrustRemoteCode, WeightsOnly
-from .printing import cache_in_words, console, errors_as_messages, heads_in_words, print_json
+from .printing import all_heads_in_words, cache_in_words, console, errors_as_messages, print_json
 
 
 def inspect(
@@ -30,16 +30,17 @@ def inspect(
     out = console()
     out.print(f"{found['donor']}: {found['model_class']} ({found['model_type']}), position: {found['position']}")
     out.print(f"  query heads    {found['num_attention_heads']} x {found['head_dim']}")
-    out.print(f"  KV heads       {heads_in_words(found['num_key_value_heads'])}")
+    out.print(f"  KV heads       {all_heads_in_words(found)}")
     out.print(
         f"  parameters     {human_count(found['parameters'])} ({human_bytes(found['weight_bytes'])}, {found['dtype']})"
     )
     out.print(f"  cache/token    {cache_in_words(found)}")
-    if "num_key_value_heads_encoder" in found:
-        out.print(f"  cross          {heads_in_words(found['num_key_value_heads_cross'])}")
-        out.print(f"  encoder        {heads_in_words(found['num_key_value_heads_encoder'])}")
-        out.print(f"  cache/read     {human_bytes(found['cache_bytes_per_encoder_token'])} for each token that is read")
     out.print(f"  family         {family_in_words(found['family'])}")
+    print_targets(found)
+
+
+def print_targets(found: dict) -> None:
+    out = console()
     what = "cache/token" if found["cache_bytes_per_token"] else "keys, values/token"
     table = Table("KV heads", "method", what, "of donor", "tensor parallel", "export", "because")
     for target in found["targets"]:

@@ -47,8 +47,20 @@ def heads_in_words(per_layer: list[int]) -> str:
     return ", ".join(str(heads) for heads in per_layer)
 
 
+def all_heads_in_words(side: dict) -> str:
+    """With an encoder, of the decoder's attention to itself and to that, and within that."""
+    words = heads_in_words(side["num_key_value_heads"])
+    if "num_key_value_heads_encoder" not in side:
+        return words
+    cross, encoder = (heads_in_words(side[f"num_key_value_heads_{kind}"]) for kind in ("cross", "encoder"))
+    return f"{words} of the decoder, cross-attention {cross}, encoder {encoder}"
+
+
 def cache_in_words(side: dict) -> str:
     """The cache of one token, and what it falls to beyond the sliding window where there is one; none of an encoder."""
+    if "cache_bytes_per_encoder_token" in side:
+        read = human_bytes(side["cache_bytes_per_encoder_token"])
+        return f"{human_bytes(side['cache_bytes_per_token'])} written, {read} for each token that is read"
     if not side["cache_bytes_per_token"]:
         return "none (an encoder)"
     inside, beyond = side["cache_bytes_per_token"], side["cache_bytes_per_token_beyond_window"]

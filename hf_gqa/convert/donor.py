@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import ENCODER, AttentionSite, attention_sites
+from ..runtime.attention_sites import AttentionSite, attention_sites
 from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
@@ -68,11 +68,6 @@ class Donor:
     def num_key_value_heads(self) -> list[int]:
         """Of each attention: without an encoder, of each layer."""
         return key_value_heads(self.family, self.layout, self.config)
-
-    @property
-    def cached_key_value_heads(self) -> list[int]:
-        """Of each attention but an encoder's below a decoder, which caches nothing."""
-        return [n for site, n in zip(self.sites, self.num_key_value_heads, strict=True) if site.kind != ENCODER]
 
     @property
     def has_head_norms(self) -> bool:
@@ -223,11 +218,7 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
     layout, obstacle = family.layout_of(config.model_type), family.donor_obstacle(config)
     if obstacle is not None:
         raise Refusal(f"{where}: {obstacle}. Such donors cannot be converted.")
-    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
-        raise Refusal(
-            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{family.model_type}' as the encoder "
-            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
-        )
+    _check_is_encoder(where, config, layout)
     check_heads(where, config, family, layout)
     try:
         plain = copy.deepcopy(model_config)
@@ -255,6 +246,15 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         dropped=dropped,
         as_published=as_published,
     )
+
+
+def _check_is_encoder(where: str, config: PretrainedConfig, layout: AttentionLayout) -> None:
+    """Refuse BERT and the like as decoders."""
+    if layout.bidirectional and (getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)):
+        raise Refusal(
+            f"{where}: is_decoder or add_cross_attention is set, and hf_gqa converts '{config.model_type}' as the encoder "
+            f"that it is by default, without a cache and without attention to another model. Use a family of decoders."
+        )
 
 
 def _first_value(mapping) -> str:

@@ -4,7 +4,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import attention_sites
+from ..runtime.attention_sites import ENCODER, attention_sites
 from .families import Family
 
 
@@ -16,6 +16,12 @@ def key_value_heads(family: Family, layout: AttentionLayout, config: PretrainedC
     if layout.cross_attention is not None:
         return [site.num_attention_heads for site in attention_sites(layout, config)]
     return [family.native_key_value_heads(config)] * getattr(config, layout.num_layers_field)
+
+
+def decoder_key_value_heads(family: Family, layout: AttentionLayout, config: PretrainedConfig) -> list[int]:
+    """Of each of the sites but those of an encoder below a decoder."""
+    pairs = zip(attention_sites(layout, config), key_value_heads(family, layout, config), strict=True)
+    return [heads for site, heads in pairs if site.kind != ENCODER]
 
 
 def check_heads(where: str, config: PretrainedConfig, family: Family, layout: AttentionLayout) -> None:

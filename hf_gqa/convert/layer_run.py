@@ -153,6 +153,8 @@ def _scaling_of(attention: nn.Module, kwargs: dict) -> float:
         return attention.scaling
     if hasattr(attention, "scale_attn"):  # GPT-J, CodeGen
         return 1.0 / float(attention.scale_attn)
+    if hasattr(attention, "deterministic_flash_attn"):  # ModernBERT
+        return attention.head_dim**-0.5
     raise Refusal(
         f"method: {type(attention).__name__} does not show how it scales its scores, and a fit of its queries needs to "
         f"know. Leave refit_queries out."

@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+from ..methods import METHODS
 from ..refusal import Refusal
 from ..runtime.attention_sites import ENCODER, check_site_rows
 from ..runtime.layer_plan import LayerPlan
@@ -16,12 +17,18 @@ def checked_rows_with_encoder(donor: Donor, plan: ConversionPlan) -> tuple[Layer
     grouped, the encoder is not, since it is computed in parallel and is not bound by memory bandwidth.
 
     Raises:
-        Refusal: the plan does not fit the donor's heads, or lets layers share.
+        Refusal: the plan does not fit the donor's heads, lets layers share, or has a method that needs text.
     """
     if plan.sharing != "own" or plan.layer_plan is not None or plan.shared_init != "own":
         raise Refusal(
             f"'{donor.name}': in a {donor.family.model_type}, which has an encoder, layers cannot share. Give "
             f"num_key_value_heads, and leave sharing and layer_plan out."
+        )
+    observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
+    if observing:
+        raise Refusal(
+            f"method = {','.join(plan.method)}: '{observing[0]}' watches the student read text, layer by layer, and hf_gqa runs no "
+            f"{donor.family.model_type} that way. Use methods that go by the weights."
         )
     rows: list[LayerPlan] = []
     for kind, group in groupby(zip(donor.sites, donor.num_key_value_heads, strict=True), lambda pair: pair[0].kind):

@@ -67,6 +67,11 @@ UNSUPPORTED = (
         nearest="llama",
     ),
     Unsupported(
+        model_types=("albert",),
+        reason="computes all its layers with the weights of one, so that no layer's heads can change alone",
+        nearest="bert",
+    ),
+    Unsupported(
         model_types=("esmc",),
         reason="has a configuration that takes no fewer KV heads than query heads",
         nearest="modernbert",

@@ -12,7 +12,7 @@ from .measured import TOKENS_AT_ONCE, Asked, Measured, longest_context, refuse_o
 from .padding import evenly_spread
 from .quality import TokenScores
 from .report import Continuation, Rouge, TextFacts
-from .rouge import check_rouge, rouge, samples, sources_of, written
+from .rouge import check_rouge, rouge, samples, sources_of, without_words, written
 from .seq2seq_cache import cache_bytes_of_a_token, measured_cache_bytes_of_a_token, seq2seq_heads
 from .seq2seq_pairs import Seq2SeqText, read_seq2seq_text
 from .seq2seq_quality import by_source_length, score_pairs
@@ -142,6 +142,12 @@ class Seq2SeqMeasurement:
         if scores.windows < FEWEST_GROUPS:
             notes.append(f"The text has {scores.windows} pairs; intervals need {FEWEST_GROUPS}. Give more text.")
         chosen = len(self._to_write())
+        unread = without_words(self.text.pairs) if chosen else 0
+        if unread:
+            notes.append(
+                f"ROUGE reads Latin letters and digits only: {unread:,} of {len(self.text.rows):,} references hold none and "
+                f"count as 0."
+            )
         if 0 < chosen < len(self.text.pairs):
             notes.append(f"ROUGE is of {chosen:,} of the {len(self.text.pairs):,} pairs, evenly spread (rouge_pairs).")
         return notes

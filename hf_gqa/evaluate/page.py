@@ -262,7 +262,7 @@ def _settings(report: Report) -> str:
         ("sources", ", ".join(text.sources)),
         ("fingerprint", text.fingerprint),
         ("documents", f"{text.documents:,}"),
-        ("tokens, each scored once", f"{text.tokens:,}"),
+        (words_of(report).tokens, f"{text.tokens:,}"),
         ("size", human_bytes(text.text_bytes)),
         *_reading(report),
         ("the model takes, tokens", f"{text.longest_context_tokens:,}" if text.longest_context_tokens else "no limit"),
@@ -273,7 +273,10 @@ def _settings(report: Report) -> str:
         ("batch size", f"{settings.batch_size}"),
         ("attention", settings.attn_implementation),
         ("seed", f"{settings.seed}"),
-        ("intervals", f"{settings.confidence_fraction:.0%}, {settings.resamples:,} resamples of windows"),
+        (
+            "intervals",
+            f"{settings.confidence_fraction:.0%}, {settings.resamples:,} resamples of {words_of(report).drawn}",
+        ),
         *((name, version) for name, version in settings.versions.items()),
     ]
     return section(

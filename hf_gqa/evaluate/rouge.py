@@ -1,5 +1,6 @@
 """What an encoder-decoder writes, held against the references: ROUGE of donor and student, and samples side by side."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from .seq2seq_pairs import Seq2SeqText
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 SAMPLES = 3
+WORD = re.compile(r"[a-z0-9]")
 
 
 def check_rouge() -> None:
@@ -92,6 +94,11 @@ def rouge(
         )
         for metric in METRICS
     )
+
+
+def without_words(pairs: Sequence[TextPair]) -> int:
+    """References that hold nothing that rouge-score reads: it knows Latin letters without accents, and digits."""
+    return sum(not WORD.search(reference.lower()) for pair in pairs for reference in pair.references)
 
 
 def sources_of(text: Seq2SeqText, chosen: Sequence[int]) -> list[tuple[int, ...]]:

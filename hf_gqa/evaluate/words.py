@@ -14,7 +14,9 @@ class KindWords:
         loss, perplexity: the names of these numbers.
         agreement, same_token: where both find the same token likeliest, in a sentence and in a table.
         context: what the length in a table of speeds is the length of.
-        continuations: heading of the texts side by side.
+        continuations, prompt: headings of the texts side by side.
+        tokens: what `TextFacts.tokens` counts.
+        drawn: what the bootstrap draws.
         task, pipeline: how the Hub calls what the model does.
     """
 
@@ -25,6 +27,8 @@ class KindWords:
     context: str = "context"
     continuations: str = "What they write"
     prompt: str = "Prompt"
+    tokens: str = "tokens, each scored once"
+    drawn: str = "windows"
     task: str = "text-generation"
     pipeline: str | None = "text-generation"
 
@@ -36,6 +40,8 @@ WORDS = {
         context="source",
         continuations="What they write for a source",
         prompt="Source",
+        tokens="tokens of the targets, each scored once",
+        drawn="pairs",
         task="text2text-generation",
         pipeline=None,
     ),
@@ -44,11 +50,12 @@ WORDS = {
         perplexity="its exponential",
         agreement="both guess the same token",
         same_token="same guess",
+        tokens="masked tokens, each guessed once",
         context="length",
         task="fill-mask",
         pipeline="fill-mask",
     ),
-    ENCODER: KindWords(context="length", task="feature-extraction", pipeline="feature-extraction"),
+    ENCODER: KindWords(context="length", tokens="tokens", task="feature-extraction", pipeline="feature-extraction"),
 }
 
 

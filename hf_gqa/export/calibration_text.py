@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from ..convert.calibration import Calibration, calibrate, check_decoder, fingerprint
+from ..convert.calibration import Calibration, calibrate, fingerprint
 from ..convert.donor import Donor
 from ..convert.student import load_tokenizer
 from ..refusal import Refusal
@@ -57,7 +58,6 @@ def make_calibration(
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
-    check_decoder(donor)
     if files and dataset is not None:
         raise Refusal("calibration: files and a dataset are given. Give one of them.")
     if any(Path(file).suffix == SAVED for file in files):
@@ -75,12 +75,7 @@ def make_calibration(
     length = min(MOST_ROW_TOKENS, donor.longest_tokens or MOST_ROW_TOKENS)
     if files or dataset:
         source = dataset or TextSource(train_file=tuple(map(str, files)))
-        rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)
-        wanted = -(-tokens // length)
-        if source.streaming:
-            return calibrate(donor, model, _tokens(islice(rows, wanted)))
-        picked = np.linspace(0, len(rows) - 1, min(len(rows), wanted)).round().astype(int)
-        return calibrate(donor, model, _tokens(rows.select(picked.tolist())))
+        return calibrate(donor, model, _tokens(_rows_of(source, tokenizer, length, -(-tokens // length))))
     with tempfile.TemporaryDirectory() as scratch:
         rows = sampled_rows(
             model,
@@ -93,6 +88,14 @@ def make_calibration(
             batch_size=min(32, -(-tokens // length)),
         )
         return calibrate(donor, model, _tokens(rows))
+
+
+def _rows_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int):
+    """From all over the text; of a stream, the first."""
+    rows = packed_rows(open_documents(source, tokenizer), tokenizer, length, attend_across_documents=True)
+    if source.streaming:
+        return islice(rows, wanted)
+    return rows.select(np.linspace(0, len(rows) - 1, min(len(rows), wanted)).round().astype(int).tolist())
 
 
 def _tokens(rows) -> torch.Tensor:

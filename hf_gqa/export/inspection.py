@@ -1,47 +1,57 @@
 """What a donor is, and every head count it can be converted to."""
 
 from ..convert.donor import Donor
+from ..convert.donor_sites import decoder_key_value_heads
 from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
 from ..refusal import Refusal
-from .explanation import explain, facts
+from .explanation import Explanation, explain, facts
 from .support_table import support_row
+
+
+NUMBERS = (
+    "cache_bytes_per_token",
+    "cache_bytes_per_token_beyond_window",
+    "cache_bytes_per_encoder_token",
+    "key_value_bytes_per_token",
+    "parameters",
+    "tensor_parallel_sizes",
+)
 
 
 def inspect_donor(donor: Donor) -> dict:
     """The donor's numbers, and for each legal head count what the student would be and why."""
     before = facts(donor)
-    fewer, more = legal_targets(donor.num_attention_heads, min(donor.cached_key_value_heads))
+    own = decoder_key_value_heads(donor.family, donor.layout, donor.config)
+    fewer, more = legal_targets(donor.num_attention_heads, min(own))
     targets, impossible = [], []
     for heads in reversed([*fewer, *more]):
-        kind = "keep" if {heads} == set(donor.cached_key_value_heads) else "expand" if heads in more else "reduce"
+        kind = "keep" if {heads} == set(own) else "expand" if heads in more else "reduce"
         plan = ConversionPlan(num_key_value_heads=heads, method=("expand",) if kind == "expand" else ("mean_pool",))
+        asked = {"num_key_value_heads": heads, "kind": kind}
         try:
             explained = explain(donor, plan, choose_target(donor, plan))
         except Refusal as refusal:
-            impossible.append({"num_key_value_heads": heads, "kind": kind, "reason": str(refusal)})
-            continue
-        after = explained.after
-        targets.append(
-            {
-                "num_key_value_heads": heads,
-                "kind": kind,
-                "cache_bytes_per_token": after["cache_bytes_per_token"],
-                "cache_bytes_per_token_beyond_window": after["cache_bytes_per_token_beyond_window"],
-                "key_value_bytes_per_token": after["key_value_bytes_per_token"],
-                "cache_fraction": _fraction(after, before, "cache_bytes_per_token"),
-                "key_value_fraction": _fraction(after, before, "key_value_bytes_per_token"),
-                "parameters": after["parameters"],
-                "tensor_parallel_sizes": after["tensor_parallel_sizes"],
-                "export": explained.export,
-                "model_class": explained.model_class,
-                "reason": explained.reason,
-            }
-        )
+            impossible.append(asked | {"reason": str(refusal)})
+        else:
+            targets.append(asked | _numbers(explained, before))
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
     numbers = {**before, "targets": targets, "impossible": impossible}
     row = support_row(donor.family.model_type)
     return {"donor": donor.name, "model_class": model_class, "position": position, "family": row, **numbers}
+
+
+def _numbers(explained: Explanation, before: dict) -> dict:
+    """Of one student."""
+    after = explained.after
+    return {
+        **{name: after[name] for name in NUMBERS if name in after},
+        "cache_fraction": _fraction(after, before, "cache_bytes_per_token"),
+        "key_value_fraction": _fraction(after, before, "key_value_bytes_per_token"),
+        "export": explained.export,
+        "model_class": explained.model_class,
+        "reason": explained.reason,
+    }
 
 
 def _fraction(after: dict, before: dict, name: str) -> float | None:

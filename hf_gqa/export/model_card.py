@@ -73,6 +73,7 @@ def card_of(report: Report, *, name: str, base_model: str, licence: Licence) -> 
         facts=facts(report, licence),
         quoted_name=json.dumps(" ".join(name.split()), ensure_ascii=False),
         auto_class=AUTO_CLASSES[report.kind],
+        drawn=words_of(report).drawn,
         bundle=(report.conversion or {}).get("export") == "bundle",
         text=measured_text(report),
         tables=tables(report),

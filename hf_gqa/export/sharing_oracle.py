@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ..runtime.attention_layout import AttentionLayout
 from ..runtime.layer_plan import LayerPlan
 from ..runtime.planned_model import tied_names
+from ..weights.head_tensors import split_heads
 
 
 STATES = ("query", "key", "value")
@@ -30,7 +31,9 @@ def share_layers(
     for layer_idx in range(len(rows)):
         _tie(base, donor, layout, rows, layer_idx, shared_init)
         if shared_init == "mean":
-            _average(attention, donor, layout, rows, layer_idx, head_dim)
+            _average(
+                attention, donor, layout, rows, layer_idx, base.config.get_text_config().num_attention_heads, head_dim
+            )
     given = [{} for _ in rows]
     for layer_idx, row in enumerate(rows):
         _borrow(base, attention, layout, row, layer_idx, given, head_dim)
@@ -51,7 +54,9 @@ def _tie(base, donor, layout: AttentionLayout, rows, layer_idx: int, shared_init
             base.get_parameter(f"{before}{n}.{name}").copy_(shared)
 
 
-def _average(attention, donor, layout: AttentionLayout, rows, layer_idx: int, head_dim: int) -> None:
+def _average(
+    attention, donor, layout: AttentionLayout, rows, layer_idx: int, num_attention_heads: int, head_dim: int
+) -> None:
     """Keys and values that other queries read become the mean over the layers that read them."""
     for number, state in ((1, "key"), (2, "value")):
         users = [n for n, r in enumerate(rows) if getattr(r, f"{state}_from") == layer_idx and r.query_from is None]
@@ -63,10 +68,8 @@ def _average(attention, donor, layout: AttentionLayout, rows, layer_idx: int, he
             mean = torch.stack([donor[name].float() for name in names]).mean(0)
             own = attention[layer_idx].get_submodule(module).get_parameter(kind)
             axis = own.dim() - 1 if module in layout.transposed else 0
-            part = _part(layout, attention[layer_idx], own.shape[axis], number, head_dim)
-            own.narrow(axis, part.start, part.stop - part.start).copy_(
-                mean.narrow(axis, part.start, part.stop - part.start)
-            )
+            part = _part(layout, own.shape[axis], number, num_attention_heads, head_dim).to(own.device)
+            own.index_copy_(axis, part, mean.index_select(axis, part).to(own))
 
 
 def _borrow(
@@ -83,19 +86,19 @@ def _borrow(
             own.get_submodule(norm).load_state_dict(attention[lender].get_submodule(norm).state_dict())
 
         def hook(module, args, output, number=number, lender=lender):
-            part = _part(layout, own, output.shape[-1], number, head_dim)
+            heads = base.config.get_text_config().num_attention_heads
+            part = _part(layout, output.shape[-1], number, heads, head_dim).to(output.device)
             if lender is None:
                 given[layer_idx][number] = output[..., part]
                 return output
-            return torch.cat([output[..., : part.start], given[lender][number], output[..., part.stop :]], dim=-1)
+            return output.index_copy(-1, part, given[lender][number])
 
         own.get_submodule(layout.fused or getattr(layout, state)).register_forward_hook(hook)
 
 
-def _part(layout: AttentionLayout, attention, size: int, number: int, head_dim: int) -> slice:
-    """Where query (0), key (1) or value (2) lies in what a projection gives."""
+def _part(layout: AttentionLayout, size: int, number: int, num_attention_heads: int, head_dim: int) -> torch.Tensor:
+    """Which rows of what a projection gives are query (0), key (1) or value (2)."""
+    rows = torch.arange(size)
     if layout.fused is None:
-        return slice(0, size)
-    queries = attention.config.num_attention_heads * head_dim
-    each = (size - queries) // 2
-    return [slice(0, queries), slice(queries, queries + each), slice(queries + each, size)][number]
+        return rows
+    return split_heads(layout, rows.unflatten(0, (-1, head_dim)), num_attention_heads)[number].flatten()

@@ -6,6 +6,7 @@ Written from the families' own files, so that no table can say anything else tha
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..convert.families import FAMILIES, Family, load_family
@@ -71,17 +72,25 @@ def export_in_words(family: Family) -> str:
 
 
 def methods_in_words(layout: AttentionLayout) -> str:
+    if layout.cross_attention is not None:
+        return all_but(name for name in METHODS.names() if getattr(METHODS.get(name), "observes", False))
     needs = "computes_scores" if layout.query_norm is None else "needs_linear_scores"
     if layout.query_norm is None and layout.plain_scores:
         return "all"
     defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), needs, False)]
-    return f"all but {', '.join(f'`{name}`' for name in defeated)}" + if_switched(layout)
+    return all_but(defeated) + if_switched(layout)
+
+
+def all_but(names: Iterable[str]) -> str:
+    return f"all but {', '.join(f'`{name}`' for name in names)}"
 
 
 def sharing_in_words(layout: AttentionLayout) -> str:
     """Patterns are rows, which planned attention follows in every family whose blocks let it."""
-    lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), 1))]
-    return "all" if layout.passes_keywords else f"all but {', '.join(f'`{name}`' for name in lending)}"
+    lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), (1, 1)))]
+    if layout.cross_attention is not None:
+        return "none"
+    return "all" if layout.passes_keywords else all_but(lending)
 
 
 def families_table() -> str:

@@ -13,7 +13,6 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
-from .linear_biases import biased_mask
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -74,8 +73,12 @@ class GQAMptAttention(PlannedAttention, MptAttention):
         alibi = alibi[:, :, max(0, alibi.shape[2] - key.shape[2]) :]
         if self.config._attn_implementation == "eager":
             return super().run_attention(query, key, value, attention_mask, alibi=alibi, **kwargs)
-        bias = alibi[None].to(query.dtype)
-        return super().run_attention(query, key, value, biased_mask(bias, ~attention_mask, query, key), **kwargs)
+        bias = alibi[None].masked_fill(attention_mask, torch.finfo(alibi.dtype).min)
+        bias = bias - bias.amax(
+            dim=-1, keepdim=True
+        )  # small where it counts: rounded next, as the native class does not
+        bias = bias.masked_fill(attention_mask, torch.finfo(query.dtype).min).to(query.dtype)
+        return super().run_attention(query, key, value, bias, **kwargs)
 
 
 class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):

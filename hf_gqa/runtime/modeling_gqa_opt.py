@@ -17,6 +17,7 @@ DONOR_LAYOUT = AttentionLayout(
     attention="decoder.layers.{layer_idx}.self_attn",
     output="out_proj",
     key_value_heads_field=None,
+    passes_keywords=False,  # the native head calls the decoder below the base model
     position="learned",
 )
 
