@@ -49,8 +49,13 @@ def inspect_donor(donor: Donor) -> dict:
         )
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
     numbers = {**before, "targets": targets, "impossible": impossible}
-    row = support_row(donor.family.model_type)
-    return {"donor": donor.name, "model_class": model_class, "position": position, "family": row, **numbers}
+    return {
+        "donor": donor.name,
+        "model_class": model_class,
+        "position": position,
+        "family": support_row(donor.family.model_type),
+        **numbers,
+    }
 
 
 def _fraction(after: dict, before: dict, name: str) -> float | None:
