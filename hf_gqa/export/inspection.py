@@ -48,14 +48,8 @@ def inspect_donor(donor: Donor) -> dict:
             }
         )
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
-    numbers = {**before, "targets": targets, "impossible": impossible}
-    return {
-        "donor": donor.name,
-        "model_class": model_class,
-        "position": position,
-        "family": support_row(donor.family.model_type),
-        **numbers,
-    }
+    known = {"model_class": model_class, "position": position, "family": support_row(donor.family.model_type)}
+    return {"donor": donor.name, **known, **before, "targets": targets, "impossible": impossible}
 
 
 def _fraction(after: dict, before: dict, name: str) -> float | None:
