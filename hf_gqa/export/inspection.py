@@ -36,9 +36,8 @@ def inspect_donor(donor: Donor) -> dict:
         else:
             targets.append(asked | _numbers(explained, before))
     model_class, position = donor.model_class.__name__, donor.family.donor_layout.position
-    numbers = {**before, "targets": targets, "impossible": impossible}
-    row = support_row(donor.family.model_type)
-    return {"donor": donor.name, "model_class": model_class, "position": position, "family": row, **numbers}
+    known = {"model_class": model_class, "position": position, "family": support_row(donor.family.model_type)}
+    return {"donor": donor.name, **known, **before, "targets": targets, "impossible": impossible}
 
 
 def _numbers(explained: Explanation, before: dict) -> dict:
