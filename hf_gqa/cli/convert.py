@@ -1,14 +1,13 @@
 """hf-gqa convert: explain the plan, then write the student."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import typer
 from rich.table import Table
 
 from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
-from ..convert.plan import EXPORTS
+from ..convert.plan import EXPORTS, ConversionPlan
 from ..convert.target import choose_target
 from ..export.calibration_text import DEFAULT_TOKENS, SAVED, dataset_source, make_calibration
 from ..export.explanation import Explanation, explain
@@ -36,17 +35,17 @@ from .plan_options import (
     ShareEvery,
     Sharing,
     asked_plan,
-    parsed_layers,
     read_plan,
 )
 from .printing import all_heads_in_words, cache_in_words, console, errors_as_messages, print_json
-from .search_options import CacheBudget, KvBudget, LayerHeads, print_search, rows_of_layers, wanted_search
+from .search_options import CacheBudget, KvBudget, LayerHeads, WantedSearch, plan_fields, print_search, wanted_search
 
 
 METHOD_HELP = f"Conversion methods, comma-separated: {', '.join(METHODS.names())}; or auto, which tries some on the calibration text."
 
 
 def convert(
+    context: typer.Context,
     donor: str = typer.Argument(..., help="Folder or Hub repository of the donor; it is only read."),
     output: Path = typer.Argument(..., help="Folder to write; it appears complete or not at all."),
     num_key_value_heads: int | None = typer.Option(
@@ -79,42 +78,40 @@ def convert(
 
     The student has fewer KV heads, or more with `expand`. What will be done is explained first.
     """
-    given = SimpleNamespace(**locals())
     with errors_as_messages(json):
-        explanation, choice = _convert(given)
+        asked = plan_fields(context.params)
+        wanted = wanted_search(asked, plan_file, kv_budget, cache_budget)
+        plan = None if wanted else read_plan(plan_file, asked) if plan_file is not None else asked_plan(asked)
+        check_output(output, overwrite, None)
+        opened = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
+        check_output(output, overwrite, opened.folder)
+        text = (calibration or [], calibration_dataset, calibration_tokens, seed, save_calibration)
+        explanation, choice = _convert(opened, output, plan or wanted, text, dry_run, overwrite, json)
     _say_what_was_done(explanation, donor, output, dry_run, choice, json)
 
 
-def _convert(given: SimpleNamespace) -> tuple[Explanation, dict | None]:
-    """What was explained and, unless it is a dry run, done; and what a search for the plan found, if there was one."""
-    asked = {
-        "num_key_value_heads": given.num_key_value_heads,
-        "method": given.method,
-        "sharing": given.sharing,
-        "shared_layers": parsed_layers(given.shared_layers),
-        "share_every": given.share_every,
-        "shared_init": given.shared_init,
-        "export": given.export,
-        "seed": given.seed,
-        "layer_plan": rows_of_layers(given.layer_heads),
-        "convert_encoder": given.convert_encoder,
-    }
-    wanted, file = wanted_search(asked, given.plan_file, given.kv_budget, given.cache_budget), given.plan_file
-    plan = None if wanted else read_plan(file, asked) if file is not None else asked_plan(asked)
-    check_output(given.output, given.overwrite, None)
-    code = {"weights_only": given.weights_only, "trust_remote_code": given.trust_remote_code}
-    opened = open_donor(given.donor, revision=given.revision, **code)
-    check_output(given.output, given.overwrite, opened.folder)
-    known = _calibration(opened, given) if wanted else None
-    found = wanted and wanted.search(opened, known)
-    plan = found.plan if found else plan
-    explanation = explain(opened, plan, choose_target(opened, plan))
+def _convert(
+    donor: Donor,
+    output: Path,
+    plan: ConversionPlan | WantedSearch,
+    text: tuple,
+    dry_run: bool,
+    overwrite: bool,
+    json: bool,
+) -> tuple[Explanation, dict | None]:
+    """The explanation and, of a plan that was to be found, what was tried."""
+    known = found = None
+    if isinstance(plan, WantedSearch):
+        known = _calibration(donor, *text)
+        found = plan.search(donor, known)
+        plan = found.plan
+    explanation = explain(donor, plan, choose_target(donor, plan))
     choice = found and found.to_dict()
-    if not given.json:
-        _print_plan(explanation, given.output, found)
-    if not given.dry_run:
-        known = known or _calibration(opened, given)
-        convert_checkpoint(opened, given.output, plan, calibration=known, choice=choice, overwrite=given.overwrite)
+    if not json:
+        _print_plan(explanation, output, found)
+    if not dry_run:
+        known = known or _calibration(donor, *text)
+        convert_checkpoint(donor, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     return explanation, choice
 
 
@@ -129,10 +126,9 @@ def _say_what_was_done(
         console().print("Nothing was written (--dry-run)." if dry_run else written)
 
 
-def _calibration(donor: Donor, given: SimpleNamespace) -> Calibration | None:
-    files, dataset, tokens, save = (
-        given.calibration or [], given.calibration_dataset, given.calibration_tokens, given.save_calibration
-    )  # fmt: skip
+def _calibration(
+    donor: Donor, files: list[str], dataset: str | None, tokens: int | None, seed: int, save: Path | None
+) -> Calibration | None:
     if save is not None and save.suffix != SAVED:
         raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
     if not files and dataset is None and tokens is None:
@@ -140,7 +136,7 @@ def _calibration(donor: Donor, given: SimpleNamespace) -> Calibration | None:
             raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
         return None
     source = None if dataset is None else dataset_source(dataset)
-    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, given.seed, source)
+    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed, source)
     if save is not None:
         made.write(save)
     return made

@@ -15,9 +15,14 @@ from ..human_units import human_bytes
 from ..refusal import Refusal
 from ..workflow.head_budget import check_budget_bytes
 from ..workflow.search_plan import AUTO, FoundPlan, search_plan
+from .plan_options import parsed_layers
 from .printing import console
 
 
+FIELDS = (
+    *("num_key_value_heads", "method", "sharing", "share_every", "shared_init", "export", "seed"),
+    "convert_encoder",
+)
 LayerHeads = Annotated[
     str | None, typer.Option(help="In place of --num-key-value-heads: KV heads of each layer, such as 4,4,2,1.")
 ]
@@ -66,6 +71,16 @@ def rows_of_layers(given: str | None) -> tuple[dict, ...] | None:
     if not all(count.isdecimal() for count in counts):
         raise Refusal(f"--layer-heads {given}: is no list of KV heads. Give a number for each layer, such as 4,4,2,1.")
     return tuple({"num_key_value_heads": int(count)} for count in counts)
+
+
+def plan_fields(options: dict) -> dict:
+    """The options of `convert` that say what the student shall be, as fields of a plan."""
+    asked = {name: options[name] for name in FIELDS}
+    layers = {
+        "shared_layers": parsed_layers(options["shared_layers"]),
+        "layer_plan": rows_of_layers(options["layer_heads"]),
+    }
+    return asked | layers
 
 
 def wanted_search(
