@@ -3,17 +3,15 @@
 The oracle knows transformers' own parameter names and nothing of hf_gqa, so that it cannot share a mistake with it.
 """
 
-import functools
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from hf_gqa import convert
-from hf_gqa.convert.families import load_family
+from hf_gqa.convert.families import load_family, native_class
 from hf_gqa.methods.mean_pool import MeanPool
 
 from .seq2seq_donors import (
@@ -21,7 +19,6 @@ from .seq2seq_donors import (
     SEQ2SEQ_TYPES,
     decoder_tokens,
     encoder_inputs,
-    language_model_class,
     logits_of,
     seq2seq_donor,
 )
@@ -42,13 +39,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def attentions_of(model_type: str) -> tuple[str, ...]:
     """Older releases of transformers know no sdpa for T5 and its like."""
-    native = getattr(transformers, language_model_class(model_type))._model_mapping[type(config_of(model_type))]
+    native = native_class(load_family(model_type).base_class)
     return ("sdpa", "eager") if native._supports_sdpa else ("eager",)
-
-
-@functools.cache
-def config_of(model_type: str):
-    return seq2seq_donor(model_type).config
 
 
 FAMILY_ATTENTIONS = [(name, attention) for name in SEQ2SEQ_TYPES for attention in attentions_of(name)]

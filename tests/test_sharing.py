@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_gqa import convert, convert_checkpoint
@@ -90,8 +91,6 @@ def test_saved_once_and_loaded_as_it_was(model_type, plan, tie_word_embeddings, 
 
 
 def load_tensors(folder):
-    from safetensors.torch import load_file
-
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
