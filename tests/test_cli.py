@@ -45,7 +45,7 @@ def test_inspect_in_words(donor):
         "float32)\n",
     ):
         assert words in result.stdout
-    rows = [line for line in result.stdout.splitlines() if "native" in line]
+    rows = [line for line in result.stdout.splitlines() if "│" in line and "native" in line]
     for row, words in zip(
         rows, (["4", "keep", "512 B"], ["2", "reduce", "256 B"], ["1", "reduce", "128 B"]), strict=True
     ):

@@ -199,7 +199,8 @@ def key_value_heads(config: PretrainedConfig) -> list[int] | None:
     repeats_first = getattr(config, "new_decoder_architecture", False)  # a native Falcon caches what it has repeated
     one = getattr(config, "multi_query", False) and not repeats_first
     default = 1 if one else getattr(config, "num_attention_heads", None)
-    heads = getattr(config, "num_key_value_heads", None) or default
+    said = None if hasattr(config, "multi_query") else getattr(config, "num_key_value_heads", None)
+    heads = said or default  # GPT-BigCode says a number too, which need not agree with its switch
     return None if heads is None else [heads] * config.num_hidden_layers
 
 
