@@ -4,28 +4,13 @@ from dataclasses import fields
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_gqa.convert.families import FAMILIES, load_family
+from hf_gqa.convert.families import load_family
 from hf_gqa.runtime.attention_sites import attention_sites
 
 
-def can_be_configured(model_type: str) -> bool:
-    """False where a release of transformers refuses its own defaults (mBART and M2M-100 in 5.4)."""
-    try:
-        CONFIG_MAPPING[model_type]()
-    except StrictDataclassError:
-        return False
-    return True
-
-
-SEQ2SEQ_TYPES = [
-    name
-    for name in FAMILIES.names()
-    if load_family(name).donor_layout.cross_attention is not None and can_be_configured(name)
-]
 NUM_ATTENTION_HEADS = 4
 VOCAB_SIZE = 99
 SINUSOIDAL = ("marian", "pegasus")

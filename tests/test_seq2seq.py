@@ -16,13 +16,13 @@ from hf_gqa.methods.mean_pool import MeanPool
 
 from .seq2seq_donors import (
     NUM_ATTENTION_HEADS,
-    SEQ2SEQ_TYPES,
     decoder_tokens,
     encoder_inputs,
     logits_of,
     seq2seq_donor,
 )
 from .test_conformance import assert_same_tensors
+from .tiny_donors import SEQ2SEQ_TYPES
 
 
 every_family = pytest.mark.parametrize("model_type", SEQ2SEQ_TYPES)

@@ -11,7 +11,6 @@ from hf_gqa import convert
 from hf_gqa.convert.cache_bytes_by_kind import cache_bytes_by_kind, cache_bytes_by_kind_measured
 
 from .seq2seq_donors import (
-    SEQ2SEQ_TYPES,
     decoder_tokens,
     encoder_inputs,
     language_model_class,
@@ -20,6 +19,7 @@ from .seq2seq_donors import (
     sites_of,
 )
 from .test_seq2seq import assert_close, every_attention, every_family
+from .tiny_donors import SEQ2SEQ_TYPES
 
 
 CHUNKS = (5, 3, *[1] * 6)
