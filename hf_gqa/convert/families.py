@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -70,7 +70,9 @@ class Family:
         return self.donor_layout if model_type == self.model_type else self.bundle_layout
 
 
+@cache
 def load_family(name: str) -> Family:
+    """Loads the family's file, and registers its classes with `AutoConfig` and `AutoModel*`."""
     module = FAMILIES.module(name)
     donor_layout = module.DONOR_LAYOUT
     config_class = planned_model.own_class(module, planned_model.PlannedConfig)
@@ -78,7 +80,7 @@ def load_family(name: str) -> Family:
     for auto_class, head_class in head_classes.items():
         if not hasattr(transformers, auto_class):
             raise TypeError(f"{module.__file__}: {head_class.__name__} is named after no Auto class of transformers.")
-    return Family(
+    family = Family(
         donor_layout=donor_layout,
         bundle_layout=donor_layout.unfused(config_class.model_type),
         config_class=config_class,
@@ -89,6 +91,8 @@ def load_family(name: str) -> Family:
         native_fields=getattr(module, "native_fields", partial(_fields, donor_layout)),
         donor_obstacle=getattr(module, "donor_obstacle", lambda config: None),
     )
+    _register(family)
+    return family
 
 
 def _key_value_heads(layout: AttentionLayout, config: PretrainedConfig) -> int:
@@ -139,14 +143,37 @@ def is_encoder(model_type: str) -> bool:
     return name in FAMILIES.names() and FAMILIES.get(name).bidirectional
 
 
+class OwnConfigurations(dict):
+    """Model type -> configuration class; a family of ours is loaded, and then registered, when it is asked for.
+
+    Importing the modelling code of every family would take longer than torch and transformers take themselves.
+    """
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or _own_family(model_type) is not None
+
+    def __missing__(self, model_type: str) -> type[PretrainedConfig]:
+        name = _own_family(model_type)
+        if name is None:
+            raise KeyError(model_type)
+        return load_family(name).config_class
+
+
+def _own_family(model_type: object) -> str | None:
+    name = str(model_type).removeprefix("gqa_")
+    return name if str(model_type).startswith("gqa_") and name in FAMILIES.names() else None
+
+
 def register_families() -> None:
-    """Make `AutoConfig` and `AutoModel*` know our own classes, under model types of their own."""
-    for name in FAMILIES.names():
-        family = load_family(name)
-        AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
-        AutoModel.register(family.config_class, family.base_class, exist_ok=True)
-        family.config_class.register_for_auto_class()
-        family.base_class.register_for_auto_class("AutoModel")
-        for auto_class, head_class in family.head_classes.items():
-            getattr(transformers, auto_class).register(family.config_class, head_class, exist_ok=True)
-            head_class.register_for_auto_class(auto_class)
+    """Make `AutoConfig` and `AutoModel*` know our own classes, under model types of their own, once one is asked for."""
+    CONFIG_MAPPING._extra_content = OwnConfigurations(CONFIG_MAPPING._extra_content)
+
+
+def _register(family: Family) -> None:
+    AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
+    AutoModel.register(family.config_class, family.base_class, exist_ok=True)
+    family.config_class.register_for_auto_class()
+    family.base_class.register_for_auto_class("AutoModel")
+    for auto_class, head_class in family.head_classes.items():
+        getattr(transformers, auto_class).register(family.config_class, head_class, exist_ok=True)
+        head_class.register_for_auto_class(auto_class)
