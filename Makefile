@@ -25,6 +25,9 @@ quality: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two processes with a thread each: threads of tiny models would wait for each other.
+test-all test-fast test-slow test-oldest: export OMP_NUM_THREADS := 1
+
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
