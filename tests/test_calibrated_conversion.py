@@ -118,6 +118,8 @@ def test_statistics_are_those_of_the_inputs(model_type):
 @pytest.mark.parametrize("known", [True, False], ids=["text", "weights_alone"])
 @pytest.mark.parametrize("heads, groups", [(4, 2), (2, 1)])
 def test_rearranging_keeps_the_logits(model_type, name, known, heads, groups):
+    if name == "group" and load_family(model_type).donor_layout.head_positions == "always":
+        pytest.skip("is refused")
     donor = grouped_donor(model_type, heads) if heads < 4 else tiny_donor(model_type)
     calibration = calibrate(donor_from_model(donor), donor, rows()) if known else None
     changed = rearranged(donor, name, groups, calibration)
@@ -139,7 +141,7 @@ def test_fold_is_exact_where_heads_differ_by_what_it_can_undo(model_type, groups
     assert (logits_of(pooled) - expected).abs().max() > 1e-2 * largest
 
 
-@plain_family
+@pytest.mark.parametrize("model_type", [m for m in PLAIN if load_family(m).donor_layout.head_positions != "always"])
 def test_grouping_finds_the_heads_that_belong_together(model_type):
     """Folding neighbours that do not is caught: the same fold without `group` is far off."""
     donor = alike_donor(model_type, 2, order=(0, 3, 1, 2))
@@ -300,6 +302,14 @@ def test_command_line_refuses_to_keep_what_is_none(arguments, message, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("make", [lambda: tiny_donor("bloom"), lambda: tiny_donor("falcon", alibi=True)])
+def test_heads_with_positions_of_their_own_stay_where_they_are(make):
+    with pytest.raises(
+        Refusal, match=r"method = group,mean_pool: 'group' moves heads, and each query head of .* Leave it"
+    ):
+        convert(make(), num_key_value_heads=2, method="group,mean_pool")
+
+
 @pytest.mark.parametrize("name", ["refit", "refit_queries"])
 def test_refitting_refuses_to_work_without_text(name):
     with pytest.raises(Refusal) as refused:
@@ -310,7 +320,7 @@ def test_refitting_refuses_to_work_without_text(name):
     )
 
 
-@plain_family
+@pytest.mark.parametrize("model_type", [m for m in PLAIN if load_family(m).donor_layout.plain_scores])
 def test_refitted_queries_attend_where_the_donors_did(model_type):
     """In the first layer, whose inputs are the donor's: attention probabilities come nearer, and so does the output."""
     donor = tiny_donor(model_type)

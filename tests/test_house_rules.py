@@ -305,12 +305,15 @@ def registered():
 before, registered_before = state(), registered()
 import hf_gqa
 
+unasked = sorted(registered() - registered_before)
+for family in FAMILIES:
+    AutoConfig.for_model(f"gqa_{family}")
 after = state()
 changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 new = sorted(after.keys() - before.keys())
 print(json.dumps({
     "changed": [name for name in changed if name not in new], "new": new,
-    "compared": len(before), "added": sorted(registered() - registered_before),
+    "compared": len(before), "unasked": unasked, "added": sorted(registered() - registered_before),
 }))
 """
 
@@ -324,6 +327,7 @@ def test_importing_the_package_replaces_nothing():
     found = run_python(BEFORE_AND_AFTER, *families)
     assert found["changed"] == [] and found["compared"] > 1000
     assert found["new"] == ["attention grouped_sdpa", "mask grouped_sdpa"]
+    assert found["unasked"] == [], "a family is loaded when it is asked for"
     own = {key for mapping, key in map(tuple, found["added"]) if mapping == "CONFIG_MAPPING"}
     assert own == {f"gqa_{family}" for family in families}
     modules = {key for mapping, key in map(tuple, found["added"]) if mapping != "CONFIG_MAPPING"}

@@ -81,9 +81,8 @@ def assert_index_is_right(folder: Path) -> None:
 
 def assert_attention_is_spread(folder: Path) -> None:
     """The case that needs care: what a method reads of one layer lies in more than one shard."""
-    heads = re.compile(
-        r"\.1\.\w+\.(k_proj|v_proj|c_attn|self\.key|self\.value|k_lin|v_lin|Wqkv|Wo|qkv_proj|o_proj)\.(weight|bias)$"
-    )
+    keys = "k_proj|v_proj|c_attn|self\\.key|self\\.value|k_lin|v_lin|Wqkv|Wo|qkv_proj|o_proj|query_key_value|dense|out_proj"
+    heads = re.compile(rf"\.1\.\w+\.({keys})\.(weight|bias)$")
     assert len({file for name, file in stored(folder).items() if heads.search(name)}) > 1
 
 

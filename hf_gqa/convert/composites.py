@@ -55,7 +55,7 @@ def composite_of(raw_config: dict, where: str) -> tuple[Composite | None, str]:
     """
     model_type = raw_config.get("model_type")
     towers = [field for field in TOWERS if isinstance(raw_config.get(field), dict)]
-    if model_type not in COMPOSITES and "text_config" not in towers:
+    if str(model_type) not in COMPOSITES and "text_config" not in towers:
         if towers and "vision_config" in towers:
             raise Refusal(
                 f"{where}: model_type = {model_type!r} has {', '.join(towers)} and no text tower ('text_config'), which is "

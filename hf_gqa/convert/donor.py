@@ -76,6 +76,12 @@ class Donor:
         return self.layout.query_norm is not None and (switch is None or bool(getattr(self.config, switch)))
 
     @property
+    def has_head_positions(self) -> bool:
+        """Whether positions differ between query heads."""
+        said = self.layout.head_positions
+        return said == "always" or (said is not None and bool(getattr(self.config, said)))
+
+    @property
     def longest_tokens(self) -> int | None:
         """Of a row; None where positions have no end."""
         config = self.config

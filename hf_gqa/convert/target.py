@@ -120,6 +120,11 @@ def _check_scores(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...
     if donor.num_key_value_heads == [row.num_key_value_heads for row in rows]:
         return
     for name in plan.method:
+        if getattr(METHODS.get(name), "moves_heads", False) and donor.has_head_positions:
+            raise Refusal(
+                f"method = {','.join(plan.method)}: '{name}' moves heads, and each query head of '{donor.name}' has positions of "
+                f"its own ({donor.layout.position}). Leave it out."
+            )
         if getattr(METHODS.get(name), "computes_scores", False) and not donor.layout.plain_scores:
             raise Refusal(
                 f"method = {','.join(plan.method)}: '{name}' computes scores, to which a {donor.layout.model_type} adds what "

@@ -72,13 +72,17 @@ def export_in_words(family: Family) -> str:
 
 
 def methods_in_words(layout: AttentionLayout) -> str:
-    if layout.cross_attention is not None:
-        return all_but(name for name in METHODS.names() if getattr(METHODS.get(name), "observes", False))
-    needs = "computes_scores" if layout.query_norm is None else "needs_linear_scores"
-    if layout.query_norm is None and layout.plain_scores:
-        return "all"
-    defeated = [name for name in METHODS.names() if getattr(METHODS.get(name), needs, False)]
-    return all_but(defeated) + if_switched(layout)
+    reasons = {
+        "observes": layout.cross_attention is not None,
+        "computes_scores": layout.query_norm is None and not layout.plain_scores,
+        "moves_heads": layout.head_positions == "always",
+        "needs_linear_scores": layout.query_norm is not None,
+    }
+    refused = [n for n in METHODS.names() if any(getattr(METHODS.get(n), r, False) for r in reasons if reasons[r])]
+    moving = (
+        "" if layout.head_positions in (None, "always") else f"; none that moves heads, if `{layout.head_positions}`"
+    )
+    return (all_but(refused) + if_switched(layout) if refused else "all") + moving
 
 
 def all_but(names: Iterable[str]) -> str:

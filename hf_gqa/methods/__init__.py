@@ -10,7 +10,8 @@ A method file defines `METHOD`, an instance of a frozen dataclass with a `kind` 
 
 Where a method can use statistics of a text, it does without them what it can from the weights alone; one with
 `observes = True` must see the student compute. `needs_linear_scores = True` refuses families that norm queries and keys
-after their projections, `computes_scores = True` those whose attention adds something to its scores.
+after their projections, `computes_scores = True` those whose attention adds something to its scores, `moves_heads = True` those whose query heads
+each have positions of their own.
 """
 
 from collections.abc import Sequence

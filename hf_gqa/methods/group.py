@@ -25,6 +25,7 @@ class Group:
     """
 
     kind: str = "rearrange"
+    moves_heads: bool = True
 
     def __call__(self, heads: AttentionWeights, layer: MethodContext) -> AttentionWeights:
         count, size = heads.num_key_value_heads, heads.num_key_value_heads // layer.num_key_value_heads

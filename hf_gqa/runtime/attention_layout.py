@@ -31,6 +31,8 @@ class AttentionLayout:
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
+        head_positions: the configuration field that says whether positions differ between query heads (ALiBi), "always"
+            where they do (relative bias), or None; such heads cannot change places.
         plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
             a method can compute them.
         passes_keywords: whether blocks hand keywords that they do not know on to their attention, without which layers cannot
@@ -64,6 +66,7 @@ class AttentionLayout:
     rotary: str | None = None
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
+    head_positions: str | None = None
     plain_scores: bool = True
     passes_keywords: bool = True
     bidirectional: bool = False

@@ -28,6 +28,7 @@ DONOR_LAYOUT = AttentionLayout(
     key_value_heads_field=None,
     plain_scores=False,
     passes_keywords=False,
+    head_positions="alibi",
     position="RoPE or ALiBi",
 )
 

@@ -25,6 +25,7 @@ DONOR_LAYOUT = AttentionLayout(
     key_value_heads_field=None,
     plain_scores=False,
     passes_keywords=False,
+    head_positions="always",
     position="ALiBi",
 )
 

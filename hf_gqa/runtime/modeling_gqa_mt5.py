@@ -23,6 +23,7 @@ DONOR_LAYOUT = AttentionLayout(
     value="v",
     output="o",
     key_value_heads_field=None,
+    head_positions="always",
     position="relative bias",
 )
 
