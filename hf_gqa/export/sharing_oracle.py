@@ -78,7 +78,8 @@ def _borrow(
     own = attention[layer_idx]
     if row.query_from is not None:
         mixing = [base.get_submodule(layout.mixing_module(n)) for n in (layer_idx, row.query_from)]
-        mixing[0].scaling = mixing[1].scaling
+        if hasattr(mixing[1], "scaling"):  # which ModernBERT writes out
+            mixing[0].scaling = mixing[1].scaling
     for number, state in enumerate(STATES):
         lender = getattr(row, f"{state}_from")
         norm = getattr(layout, f"{state}_norm", None)
