@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..convert.calibration import calibrate
-from ..convert.donor import donor_from_model
+from ..convert.donor import Donor, donor_from_model
 from ..convert.in_memory import convert
 from ..convert.plan import ConversionPlan
 from ..evaluate.quality import score
@@ -28,6 +28,11 @@ CANDIDATES = (  # the cheap ones first; those that a family defeats are skipped
     "group,fold,refit_queries,refit",
 )
 HELD_OUT_EVERY = 8  # of so many rows, one is measured on
+
+
+def without_moves(donor: Donor, method: str) -> str:
+    """The methods that a donor can take whose heads have positions of their own."""
+    return method.replace("group,", "") if donor.has_head_positions else method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +77,12 @@ def choose_method(
     held_out = torch.zeros(len(tokens_NL), dtype=torch.bool)
     held_out[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY] = True
     held_out[-1] |= not held_out.any()
-    calibration = calibrate(donor_from_model(model), model, tokens_NL[~held_out])
+    donor = donor_from_model(model)
+    calibration = calibrate(donor, model, tokens_NL[~held_out])
     windows = rows_as_windows(tokens_NL[held_out])
     trials = []
     for candidate in candidates:
-        plan = ConversionPlan(method=candidate, **plan_fields)
+        plan = ConversionPlan(method=without_moves(donor, candidate), **plan_fields)
         begun = time.perf_counter()
         try:
             student = convert(model, plan, calibration=calibration)

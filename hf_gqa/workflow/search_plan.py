@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..convert.calibration import Calibration
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
-from .choose_method import CANDIDATES, Trial, choose_method
+from .choose_method import CANDIDATES, Trial, choose_method, without_moves
 from .head_budget import Allotment, allot_heads
 
 
@@ -61,7 +61,7 @@ def search_plan(
     searched = method == AUTO or list(method) == [AUTO]
     allotment = None
     if budget_bytes is not None:
-        closed_form = "group,fold" if donor.layout.query_norm is None else "group,align,mean_pool"
+        closed_form = without_moves(donor, "group,align,mean_pool" if donor.has_head_norms else "group,fold")
         seed = plan_fields.get("seed", 0)
         allotment = allot_heads(donor, model, calibration, budget_bytes, closed_form if searched else method, seed)
         plan_fields |= allotment.plan_fields
