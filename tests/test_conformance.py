@@ -15,6 +15,7 @@ from .tiny_donors import (
     ENCODERS,
     MODEL_TYPES,
     NUM_ATTENTION_HEADS,
+    SOME_MODEL_TYPES,
     of_each_storage,
     tiny_donor,
     tokens_and_mask,
@@ -34,6 +35,7 @@ NO_DROPOUT = ("mpt",)  # its configuration takes whole numbers only
 
 every_model = pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
 every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)  # of causal language models
+some_families = pytest.mark.parametrize("model_type", SOME_MODEL_TYPES)
 every_storage = pytest.mark.parametrize("model_type", of_each_storage(ALL_MODEL_TYPES))
 every_decoder_storage = pytest.mark.parametrize("model_type", of_each_storage(MODEL_TYPES))
 every_export = pytest.mark.parametrize("export", EXPORTS)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_gqa import Refusal, convert
-from hf_gqa.convert.cache_bytes import cache_bytes_computed, key_value_heads
+from hf_gqa.convert.cache_bytes import cache_bytes_computed, key_value_heads, layer_windows
 from hf_gqa.evaluate import peak_memory
 from hf_gqa.evaluate.memory import capacity, context_that_fits, parse_memory, weight_bytes, working_bytes
 from hf_gqa.evaluate.peak_memory import peak_memory_bytes
@@ -41,7 +41,7 @@ def test_context_is_the_longest_that_fits(model_type, batch_size):
         assert found == counted_context(config, 1000, dtype, memory, batch_size)
         answers.add(found)
     assert 0 in answers and len(answers) > 6
-    assert (None in answers) == (model_type == "mistral")  # of which every layer has a window
+    assert (None in answers) == all(layer_windows(config, config.num_hidden_layers))
 
 
 def test_to_the_byte():

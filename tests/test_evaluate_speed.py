@@ -12,7 +12,7 @@ from hf_gqa import Refusal, convert
 from hf_gqa.evaluate import speed
 from hf_gqa.evaluate.speed import Timing, allowed_decode_speedup, decode_step_bytes, measure_speed, read_and_decode
 
-from .tiny_donors import MODEL_TYPES, VOCAB_SIZE, of_each_storage, tiny_donor, tokens_and_mask
+from .tiny_donors import SOME_MODEL_TYPES, VOCAB_SIZE, tiny_donor, tokens_and_mask
 
 
 MODELS = {
@@ -21,7 +21,7 @@ MODELS = {
     "one head": lambda donor: convert(donor, num_key_value_heads=1),
 }
 every_model = pytest.mark.parametrize("which", MODELS)
-every_storage = pytest.mark.parametrize("model_type", of_each_storage(MODEL_TYPES))
+some_families = pytest.mark.parametrize("model_type", SOME_MODEL_TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class Clock:
         return model.register_forward_pre_hook(taken)
 
 
-@every_storage
+@some_families
 @every_model
 def test_what_is_timed_is_greedy_decoding(model_type, which):
     model = MODELS[which](tiny_donor(model_type, tie_word_embeddings=False))
@@ -147,7 +147,7 @@ def counted_step_bytes(model, batch_size: int, context_tokens: int) -> int:
     return sum((rows | full).values()) + in_cache
 
 
-@every_storage
+@some_families
 @every_model
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_of_a_step(model_type, which, tied):

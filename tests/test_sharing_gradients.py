@@ -103,10 +103,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type, plan):
     torch.manual_seed(0)
     found = gradients(student)
     for name, gradient in expected.items():
-        if student.base_model.tied_layers:  # summed over layers in another order
-            assert_close_for_float32(found[name], gradient)
-        else:
-            assert torch.equal(found[name], gradient), name
+        assert_close_for_float32(found[name], gradient)  # summed over lender and borrowers in another order
 
 
 @every_family

@@ -11,7 +11,7 @@ from hf_gqa import Refusal, convert
 from hf_gqa.uptrain.layer_matching import LayerOutputs, relative_error
 from hf_gqa.uptrain.lora import lora_config
 
-from .test_conformance import DROPOUTS, every_attention, every_decoder_storage, every_export, every_family, in_bfloat16
+from .test_conformance import DROPOUTS, every_attention, every_export, in_bfloat16, some_families
 from .test_uptrain_phases import every_objective, losses_of, models_of, phase_of, uptrained
 from .test_uptrain_teacher import PEFT_ASKS, PEFT_SAYS
 from .tiny_donors import NUM_LAYERS, tiny_donor, tokens_and_mask
@@ -79,7 +79,7 @@ def assert_alone_equals_whole(student, teacher, inputs: dict) -> None:
     assert len(outputs[0]) == NUM_LAYERS and all(".attn." in name or ".self_attn." in name for name in gradients[0])
 
 
-@every_family
+@some_families
 @every_export
 @every_attention
 @pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -121,7 +121,7 @@ def by_hand(model, inputs: dict) -> tuple[dict, dict, dict]:
     return taken, put_out, hidden
 
 
-@every_decoder_storage
+@some_families
 @every_export
 def test_what_is_recorded_is_what_the_layers_take_in_and_put_out(model_type, export):
     student, teacher = pair(model_type, export)
@@ -138,7 +138,7 @@ def test_what_is_recorded_is_what_the_layers_take_in_and_put_out(model_type, exp
             assert torch.equal(layers.hidden[layer_idx], hidden[layer_idx])
 
 
-@every_decoder_storage
+@some_families
 @every_export
 def test_forced_layers_take_the_teachers_inputs(model_type, export):
     """And those above get what the layers below made of them: only attention's input is replaced."""
@@ -158,7 +158,7 @@ def test_forced_layers_take_the_teachers_inputs(model_type, export):
     assert torch.allclose(ours.attention[0], expected[0]) and not torch.allclose(ours.attention[1], expected[1])
 
 
-@every_decoder_storage
+@some_families
 @every_export
 def test_hooks_leave_the_plain_logits_alone(model_type, export):
     student, teacher = pair(model_type, export)
@@ -178,7 +178,7 @@ def test_hooks_leave_the_plain_logits_alone(model_type, export):
     assert not ours.forced_inputs
 
 
-@every_decoder_storage
+@some_families
 @every_part
 def test_identical_student_has_no_error(model_type, part):
     student, teacher = pair(model_type, num_key_value_heads=4)
@@ -255,7 +255,7 @@ def matched(student, teacher, part: str, forced: bool, rows=slice(None)) -> tupl
     return loss.item(), gradients_of(student)
 
 
-@every_decoder_storage
+@some_families
 @every_part
 def test_gradients_add_up_over_rows(model_type, part):
     student, teacher = pair(model_type)
@@ -266,7 +266,7 @@ def test_gradients_add_up_over_rows(model_type, part):
     assert_close({name: first[name] + second[name] for name in whole}, whole, 1e-4)
 
 
-@every_decoder_storage
+@some_families
 @every_export
 @pytest.mark.parametrize(("part", "forced"), [("attention", False), ("attention", True), ("hidden", False)])
 def test_checkpointed_layers_have_the_same_gradients(model_type, export, part, forced):
@@ -280,7 +280,7 @@ def test_checkpointed_layers_have_the_same_gradients(model_type, export, part, f
     assert_close(found, expected)
 
 
-@every_decoder_storage
+@some_families
 def test_inputs_of_a_teacher_in_bfloat16_are_taken_in_the_students_dtype(model_type):
     student, teacher = pair(model_type)
     teacher = in_bfloat16(teacher)
@@ -296,7 +296,7 @@ def test_inputs_of_a_teacher_in_bfloat16_are_taken_in_the_students_dtype(model_t
 
 
 @pytest.mark.filterwarnings(PEFT_ASKS, PEFT_SAYS)
-@every_decoder_storage
+@some_families
 def test_student_below_peft(model_type):
     student, teacher = pair(model_type)
     wrapped = get_peft_model(student, lora_config(student, rank=2))
@@ -323,7 +323,7 @@ def test_layers_of_a_native_relative_are_found():
     assert sorted(outputs.attention) == sorted(outputs.hidden) == list(range(student.config.num_hidden_layers))
 
 
-def test_unknown_family_is_refused():
+def test_family_whose_blocks_differ_is_refused():
     sizes = {
         "hidden_size": 16,
         "ffn_dim": 16,
@@ -331,7 +331,9 @@ def test_unknown_family_is_refused():
         "num_attention_heads": 2,
         "word_embed_proj_dim": 16,
     }
-    with pytest.raises(Refusal, match=r"^layer matching: model_type = 'opt' is not a family that hf_gqa converts"):
+    with pytest.raises(
+        Refusal, match=r"^layer matching: the blocks of a opt call their attention in a way of their own"
+    ):
         LayerOutputs(OPTForCausalLM(OPTConfig(vocab_size=32, **sizes)))
 
 

@@ -16,7 +16,7 @@ from hf_gqa.uptrain.stored_teacher import StoredTeacher
 from hf_gqa.uptrain.teacher import TeacherLogits, check_vocabulary, load_teacher, teacher_memory
 from hf_gqa.uptrain.trainer import check_teacher
 
-from .test_conformance import every_attention, every_decoder_storage, in_bfloat16, logits_of
+from .test_conformance import every_attention, in_bfloat16, logits_of, some_families
 from .test_uptrain_phases import models_of, refused, trainer_of
 from .tiny_donors import VOCAB_SIZE, tiny_donor, tokens_and_mask
 
@@ -78,7 +78,7 @@ def expected_own_bytes(teacher, student) -> int:
     return own
 
 
-@every_decoder_storage
+@some_families
 @pytest.mark.parametrize("export", ["bundle", pytest.param("auto", marks=pytest.mark.slow)])
 @every_attention
 @every_dtype
@@ -116,7 +116,7 @@ def test_student_of_a_native_class_with_other_names(tmp_path):
     assert_is_the_donor(teacher, donor)
 
 
-@every_decoder_storage
+@some_families
 def test_what_is_frozen_is_shared_tensor_by_tensor(model_type, tmp_path):
     donor = donor_on_disk(tmp_path, model_type)
     student = convert(donor, num_key_value_heads=2, export="bundle")
@@ -129,7 +129,7 @@ def test_what_is_frozen_is_shared_tensor_by_tensor(model_type, tmp_path):
     assert own == {name for name in theirs if name.split(".")[-2] in parts} != set()
 
 
-@every_decoder_storage
+@some_families
 @every_dtype
 def test_nothing_is_shared_where_everything_is_trained(model_type, dtype, tmp_path):
     donor = donor_on_disk(tmp_path, model_type, dtype)
@@ -154,7 +154,7 @@ def test_frozen_tensor_with_other_values_is_not_shared(tmp_path):
 
 @pytest.mark.parametrize("max_shard_size", ["12KB", pytest.param("1GB", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prefixed", [True, False])
-@every_decoder_storage
+@some_families
 def test_donor_sharded_or_without_prefix(model_type, prefixed, max_shard_size, tmp_path):
     donor = tiny_donor(model_type)
     tied = donor.config.tie_word_embeddings
@@ -172,7 +172,7 @@ def test_donor_sharded_or_without_prefix(model_type, prefixed, max_shard_size, t
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@every_decoder_storage
+@some_families
 def test_tied_and_untied_heads(model_type, tie, tmp_path):
     donor = donor_on_disk(tmp_path, model_type, tie_word_embeddings=tie)
     student = convert(donor, num_key_value_heads=2, export="bundle")
@@ -185,7 +185,7 @@ def test_tied_and_untied_heads(model_type, tie, tmp_path):
     assert_is_the_donor(teacher, donor)
 
 
-@every_decoder_storage
+@some_families
 @every_dtype
 @pytest.mark.filterwarnings(PEFT_ASKS, PEFT_SAYS)
 def test_peft_student_shares_its_frozen_base(model_type, dtype, tmp_path):
@@ -254,7 +254,7 @@ def chunked(logits: TeacherLogits, inputs: dict, chunk_tokens: int) -> torch.Ten
     return torch.cat([chunk(start, min(start + chunk_tokens, num_tokens)) for start in starts])
 
 
-@every_decoder_storage
+@some_families
 @every_dtype
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 40])
 def test_chunked_logits_equal_whole_ones(model_type, dtype, chunk_tokens):

@@ -44,6 +44,8 @@ if "ONE_OF_EACH_STORAGE" in os.environ:  # for a second transformers, where the 
     ALL_MODEL_TYPES = of_each_storage(ALL_MODEL_TYPES)
 ENCODERS = [name for name in ALL_MODEL_TYPES if load_family(name).donor_layout.bidirectional]
 MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
+# What training and evaluation do does not depend on how a family attends; the others go through the conformance suite.
+SOME_MODEL_TYPES = ["gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
 NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99

@@ -10,12 +10,8 @@ from ..sharing import SHARINGS, every, nearest_owners
 
 EXPORTS = ("auto", "native", "bundle")
 SHARED_INITS = ("own", "mean")
-OF_SHARING = (
-    "shared_layers",
-    "share_every",
-    "shared_init",
-    "layer_plan",
-)  # left out of the JSON where they say nothing
+# Left out of the JSON where they say nothing.
+SELDOM_SAID = ("shared_layers", "share_every", "shared_init", "layer_plan", "convert_encoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +134,7 @@ class ConversionPlan:
     def to_dict(self) -> dict:
         values = asdict(self) | {"method": list(self.method)}
         defaults = {field.name: field.default for field in fields(self)}
-        said = {name: value for name, value in values.items() if name not in OF_SHARING or value != defaults[name]}
+        said = {name: value for name, value in values.items() if name not in SELDOM_SAID or value != defaults[name]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert.layouts import layout_of
+from ..refusal import Refusal
 from ..runtime.planned_attention import SharedStates
 
 
@@ -25,6 +26,11 @@ class LayerOutputs:
 
     def __init__(self, model: PreTrainedModel):
         layout = layout_of(model.config.model_type, "layer matching")
+        if not layout.passes_keywords:
+            raise Refusal(
+                f"layer matching: the blocks of a {layout.model_type} call their attention in a way of their own, so that what it "
+                f"puts out cannot be compared. Use the objective kl or cross_entropy."
+            )
         self.attention, self.hidden, self.attention_inputs = {}, {}, {}
         self.attention_modules: dict[int, nn.Module] = {}
         self.forced_inputs: dict[int, torch.Tensor] = {}

@@ -59,10 +59,16 @@ def load_teacher(donor: Donor, student: nn.Module) -> PreTrainedModel:
         config=donor.model_config,
         state_dict=state,
         dtype=some.dtype,
-        attn_implementation=getattr(student.config, "_attn_implementation", None),
+        attn_implementation=_attention_for(donor, getattr(student.config, "_attn_implementation", None)),
     )
     teacher.config.use_cache = False
     return teacher.to(some.device).eval().requires_grad_(False)
+
+
+def _attention_for(donor: Donor, asked: str | None) -> str | None:
+    """The student's, where the donor's class has it: some native classes compute their attention eagerly only."""
+    is_native = donor.config.model_type == donor.family.model_type
+    return "eager" if is_native and "sdpa" in str(asked) and not donor.model_class._supports_sdpa else asked
 
 
 def teacher_memory(teacher: nn.Module, student: nn.Module) -> TeacherMemory:
