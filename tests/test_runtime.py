@@ -73,7 +73,8 @@ def copies_of_heads(student: PreTrainedModel) -> PreTrainedModel:
     model_type = student.config.model_type.removeprefix("gqa_")
     reference = auto_head(model_type).from_config(bundle_config(model_type, rows)).eval()
     own, copied = student.state_dict(), reference.state_dict()
-    reference.load_state_dict({name: own[name] if own[name].shape == t.shape else t for name, t in copied.items()})
+    same = {name: own[name] for name, tensor in copied.items() if name in own and own[name].shape == tensor.shape}
+    reference.load_state_dict(copied | same)
     views = model_key_value_views(reference)
     for name, head_K in model_key_value_views(student).items():
         copies = len(views[name]) // len(head_K)
