@@ -62,7 +62,8 @@ def test_bundle_that_changes_nothing_changes_no_bit(model_type, auto_class):
     bundle = convert(donor, num_key_value_heads=4, export="bundle")
     assert type(bundle) is load_family(model_type).head_classes[auto_class]
     assert type(bundle.base_model) is load_family(model_type).base_class
-    assert_same_outputs(bundle, donor, assert_equal)
+    rounds_otherwise = model_type == "modernbert" and transformers.__version__.startswith("5.4.")
+    assert_same_outputs(bundle, donor, assert_close_for_float32 if rounds_otherwise else assert_equal)
     native = convert(bundle, num_key_value_heads=4)
     assert type(native) is type(donor) is native_class(type(bundle))
     assert_same_tensors(native.state_dict(), donor.state_dict())
