@@ -9,8 +9,8 @@ from ..progress_bar import progress_bar
 from ..text.pairs import open_pairs
 from .bootstrap import FEWEST_GROUPS
 from .facts import differences, loss_facts
-from .memory import capacity, parse_memory
 from .measured import TOKENS_AT_ONCE, Asked, Measured, longest_context, refuse_options, trained_tokens
+from .memory import capacity, parse_memory
 from .padding import evenly_spread
 from .quality import TokenScores
 from .report import Capacity, Continuation, Rouge, TextFacts

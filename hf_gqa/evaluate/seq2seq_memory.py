@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .memory import vectors_bytes
-from .seq2seq_cache import cache_bytes_of_a_token, seq2seq_heads
+from .seq2seq_cache import cache_bytes_of_a_token
 
 
 def source_that_fits(
