@@ -50,6 +50,7 @@ NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
 SPECIAL = {
+    "albert": {"embedding_size": 16, "num_hidden_groups": 2},  # a group for each layer: tests count heads by layers
     "falcon": {"multi_query": False},
     "gpt_bigcode": {"multi_query": False},
     "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]], "window_size": 6},
