@@ -81,7 +81,7 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
     for heads, wanted in dict.fromkeys(pairs):
         check_plan(plan, donor.num_attention_heads, heads, donor.name, wanted)
     try:
-        check_rows(rows, len(donor.sites), donor.num_attention_heads, types)
+        check_rows(rows, len(donor.sites), donor.num_attention_heads, types, donor.layout.num_layers_field)
     except ValueError as error:
         raise Refusal(str(error)) from None
     _check_shared_init(plan, rows)

@@ -47,10 +47,7 @@ class GQAAlbertConfig(PlannedConfig, AlbertConfig):
     model_type = "gqa_albert"
     num_key_value_heads: int | None = None
     layer_plan: Rows = None
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_hidden_groups
+    rows_field = "num_hidden_groups"
 
 
 class AlbertAttentionOfGroup(AlbertAttention):
