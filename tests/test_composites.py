@@ -166,11 +166,15 @@ def test_bundle_of_a_composite_is_refused(donor):
         ({"model_type": "gemma3", "vision_config": {}}, r"'gemma3' has no text tower \('text_config' is missing\)"),
         (
             {"model_type": "siglip_like", "vision_config": {}},
-            r"has vision_config and no text tower .* converted: gemma3\.",
+            r"has vision_config and no text tower .* converted: gemma3, internvl, llava, ",
         ),
         (
-            {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
-            r"'llava' is a composite \(text tower 'llama'\) whose towers .* converted: gemma3\.",
+            {"model_type": "fuyu", "text_config": {"model_type": "persimmon"}, "vision_config": {}},
+            r"'fuyu' is a composite \(text tower 'persimmon'\) whose towers .* converted: gemma3, internvl, llava, ",
+        ),
+        (
+            {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}, "vision_config": {}},
+            r"'qwen2_vl' rotates sections of each head by time, height and width \(M-RoPE\)",
         ),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "gemma3n_text"}},

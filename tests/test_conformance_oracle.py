@@ -70,7 +70,7 @@ VARIANTS = [
 
 
 PROJECTION = re.compile(
-    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self|self_attention|attn\.attention)\."
+    r"\.(\d+)\.(?:attn|self_attn|attention|attention\.self|self_attention|attn\.attention|albert_layers\.0\.attention)\."
     r"(c_attn|Wqkv|qkv_proj|query_key_value|k_proj|v_proj|key|value|k_lin|v_lin)\.(weight|bias)$"
 )
 

@@ -1,12 +1,11 @@
 """Decoders with layouts of their own: what is particular to one of them, beside what every family must do."""
 
 import copy
-import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from hf_gqa import Refusal, convert, convert_checkpoint, open_donor, verify
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
@@ -20,7 +19,6 @@ from .test_conformance import (
 )
 from .test_conformance_decoding import assert_cached_equals_uncached, assert_same_generation, generate
 from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
-from .test_examples import EXAMPLES
 from .tiny_donors import tiny_donor, tokens_and_mask, use_attention
 
 
@@ -204,47 +202,3 @@ def test_head_of_gpt_neox_has_its_old_name_in_native_checkpoints_only(tmp_path):
         assert not loading["missing_keys"] and not loading["unexpected_keys"]
     bundle = convert(donor, num_key_value_heads=4, export="bundle")
     assert_same_tensors(convert(bundle, num_key_value_heads=4).state_dict(), donor.state_dict())
-
-
-NEEDS_EXAMPLES = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the tests run without the checkout's examples")
-CARRIERS = {
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False},
-    "granite": {"attention_multiplier": None},
-    "phi3": {"pad_token_id": 0},
-}
-
-
-def fused_as_in_phi3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a Llama: queries, keys and values in one projection, gate and up in another."""
-    fused = dict(state)
-    for name in [name for name in state if name.endswith(("q_proj.weight", "gate_proj.weight"))]:
-        parts = ("q_proj", "k_proj", "v_proj") if "q_proj" in name else ("gate_proj", "up_proj")
-        whole = name.replace(parts[0], "qkv_proj" if "q_proj" in name else "gate_up_proj")
-        fused[whole] = torch.cat([fused.pop(name.replace(parts[0], part)) for part in parts])
-    return fused
-
-
-@NEEDS_EXAMPLES
-@pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("groups", [2, 1])
-def test_one_function_in_another_family_converts_to_the_same_logits(carrier, groups):
-    """A trained Llama rewritten as other classes that can compute it: what they lack is zero or switched off."""
-    llama = LlamaForCausalLM.from_pretrained(EXAMPLES / "donor", dtype=torch.float32).eval()
-    kept = ("architectures", "model_type", "transformers_version", "auto_map")
-    settings = {name: value for name, value in llama.config.to_dict().items() if name not in kept}
-    other_class = type(tiny_donor(carrier))
-    changes = dict(CARRIERS[carrier])
-    if "attention_multiplier" in changes:
-        changes["attention_multiplier"] = llama.config.head_dim**-0.5
-    other = other_class(other_class.config_class(**settings | changes)).eval()
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in other.state_dict().items()}
-    state = llama.state_dict()
-    other.load_state_dict(zeros | (fused_as_in_phi3(state) if carrier == "phi3" else state))
-    text = json.dumps(settings).encode()[:96]
-    tokens = torch.tensor([list(text)]).remainder(llama.config.vocab_size)
-    students = [convert(model, num_key_value_heads=groups) for model in (llama, other)]
-    assert [student.config.model_type for student in students] == ["llama", carrier]
-    for one, another in ((llama, other), students):
-        with torch.no_grad():
-            assert_close_for_float32(another(tokens).logits, one(tokens).logits)

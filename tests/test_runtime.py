@@ -140,6 +140,7 @@ def test_configuration_round_trip_through_json(model_type, tmp_path):
 @every_model
 def test_configuration_without_rows_is_uniform(model_type):
     values = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    values |= {"num_hidden_groups": 3} if model_type == "albert" else {}
     values |= {"attention_types": [[["global"], 3]]} if model_type == "gpt_neo" else {}
     own_names = load_family(model_type).config_class.attribute_map
     config = load_family(model_type).config_class(**{own_names.get(name, name): v for name, v in values.items()})
@@ -174,6 +175,8 @@ def test_gpt2_configuration_without_kv_heads_has_all_of_them():
     ids=["count", "rows", "divide", "keys"],
 )
 def test_configuration_that_contradicts_its_rows_is_refused(model_type, changes, message):
+    if (model_type, *changes) == ("albert", "num_hidden_layers"):
+        changes, message = {"num_hidden_groups": 3}, message.replace("num_hidden_layers", "num_hidden_groups")
     if model_type in REFUSED_FIRST.get(next(iter(changes)), ()):
         message = ""  # the native class has something to say before
     values = bundle_config(model_type, UNEVEN).to_dict()

@@ -20,7 +20,7 @@ STORAGE = ("inner", "fused", "fused_order", "fused_blocks", "transposed", "norm_
 def of_each_storage(model_types: list[str]) -> list[str]:
     """One family for each way of storing heads: for tests of what does not depend on how a family computes with them."""
     found = {}
-    for name in sorted(model_types, key=lambda name: (name not in ("llama", "gpt2"), name)):
+    for name in sorted(model_types, key=lambda name: (name not in ("llama", "gpt2"), name == "albert", name)):
         layout = load_family(name).donor_layout
         used = (getattr(layout, field, None) for field in STORAGE)
         kind = (value if isinstance(value, tuple | int) else bool(value) for value in used)
@@ -43,6 +43,7 @@ ALL_MODEL_TYPES = [name for name in KNOWN if name not in SEQ2SEQ_TYPES]
 if "ONE_OF_EACH_STORAGE" in os.environ:  # for a second transformers, where the others run a shorter list of tests
     ALL_MODEL_TYPES = of_each_storage(ALL_MODEL_TYPES)
 ENCODERS = [name for name in ALL_MODEL_TYPES if load_family(name).donor_layout.bidirectional]
+UNTIED_ENCODERS = [name for name in ENCODERS if not load_family(name).donor_layout.ties_layers]
 MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
 # What training and evaluation do does not depend on how a family attends; the others go through the conformance suite.
 SOME_MODEL_TYPES = ["gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -50,6 +51,7 @@ NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
 SPECIAL = {
+    "albert": {"embedding_size": 16, "num_hidden_groups": 2},  # a group for each layer: tests count heads by layers
     "falcon": {"multi_query": False},
     "gpt_bigcode": {"multi_query": False},
     "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]], "window_size": 6},
@@ -168,9 +170,9 @@ def use_attention(model: PreTrainedModel, attention: str, or_skip: bool = True) 
         model.set_attn_implementation(attention)
 
 
-def head_classes() -> list[tuple[str, str]]:
-    """Every family with the Auto class of each of its heads but those that other conformance tests use."""
-    heads = [(name, auto_class) for name in ALL_MODEL_TYPES for auto_class in load_family(name).head_classes]
+def head_classes(model_types: list[str]) -> list[tuple[str, str]]:
+    """Families with the Auto class of each of their heads but those that other conformance tests use."""
+    heads = [(name, auto_class) for name in model_types for auto_class in load_family(name).head_classes]
     return [(name, auto_class) for name, auto_class in heads if auto_class != "AutoModelForCausalLM"]
 
 

@@ -195,13 +195,22 @@ def cache_bytes_per_token_measured(model: PreTrainedModel, num_tokens: int = 8) 
 def key_value_heads(config: PretrainedConfig) -> list[int] | None:
     """KV heads of each layer as any decoder's configuration says; None where it says nothing about heads."""
     if getattr(config, "layer_plan", None) is not None:
-        return [row["num_key_value_heads"] for row in config.layer_plan]
+        return heads_of_layers(config, [row["num_key_value_heads"] for row in config.layer_plan])
     repeats_first = getattr(config, "new_decoder_architecture", False)  # a native Falcon caches what it has repeated
     one = getattr(config, "multi_query", False) and not repeats_first
     default = 1 if one else getattr(config, "num_attention_heads", None)
     said = None if hasattr(config, "multi_query") else getattr(config, "num_key_value_heads", None)
     heads = said or default  # GPT-BigCode says a number too, which need not agree with its switch
     return None if heads is None else [heads] * config.num_hidden_layers
+
+
+def heads_of_layers(config: PretrainedConfig, heads: list[int]) -> list[int]:
+    """Of each layer, from those of each attention: an ALBERT's layers compute with the attention of their group."""
+    groups = getattr(config, "num_hidden_groups", None)
+    if groups is None:
+        return heads
+    layers_of_group = config.num_hidden_layers / groups
+    return [heads[int(layer_idx / layers_of_group)] for layer_idx in range(config.num_hidden_layers)]
 
 
 def cached_heads(config: PretrainedConfig) -> Heads | None:

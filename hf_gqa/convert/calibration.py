@@ -110,7 +110,15 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
 
 
 def check_decoder(donor: Donor) -> None:
-    """Raises Refusal for a donor that reads one text and writes another: rows of tokens do not say which is which."""
+    """Raises Refusal for a donor that reads one text and writes another: rows of tokens do not say which is which.
+
+    And for one whose attentions compute at several depths, each of which reads something else.
+    """
+    if donor.layout.ties_layers:
+        raise Refusal(
+            f"calibration: the layers of '{donor.name}' compute with the weights of {len(donor.sites)}, and a calibration is of "
+            f"one layer after the other. Leave it out: methods such as mean_pool, group, align and fold go by the weights alone."
+        )
     if donor.layout.cross_attention is not None:
         raise Refusal(
             f"calibration: '{donor.name}' is an encoder-decoder, whose cross-attention reads pairs of texts, and a calibration "

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout
+from .unsupported import UNSUPPORTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +35,15 @@ class Composite:
         return [path, *(stored + path.removeprefix(own) for stored, own in self.spellings if path.startswith(own))]
 
 
-COMPOSITES = {
-    "gemma3": Composite(
-        tower="language_model",
-        spellings=(
-            ("language_model.model.", "language_model."),
-            ("language_model.lm_head.", "lm_head."),
-            ("vision_tower.vision_model.", "vision_tower."),
-        ),
+LLAVA = Composite(
+    tower="language_model",
+    spellings=(
+        ("language_model.model.", "language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.vision_model.", "vision_tower."),
     ),
-}
+)
+COMPOSITES = dict.fromkeys(("gemma3", "internvl", "llava", "llava_next", "mistral3", "paligemma", "vipllava"), LLAVA)
 TOWERS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
 
 
@@ -55,6 +55,8 @@ def composite_of(raw_config: dict, where: str) -> tuple[Composite | None, str]:
     """
     model_type = raw_config.get("model_type")
     towers = [field for field in TOWERS if isinstance(raw_config.get(field), dict)]
+    if any(model_type in entry.model_types for entry in UNSUPPORTED):
+        return None, model_type  # for the families to refuse, with the reason
     if str(model_type) not in COMPOSITES and "text_config" not in towers:
         if towers and "vision_config" in towers:
             raise Refusal(

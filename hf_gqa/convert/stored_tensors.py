@@ -52,6 +52,11 @@ def check_tensors(
     tied = {plain(name) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     computed = re.compile("|".join(map(plain, model._keys_to_ignore_on_load_missing or ())) or r"(?!)")
     missing = [name for name in sorted(expected.keys() - stored.keys() - tied) if not computed.search(name)]
+    if missing and all(name.startswith("pooler.") for name in missing):
+        raise Refusal(
+            f"{where}: has no pooler, which AutoModel would make up anew at every load. Load it once with AutoModel and save it "
+            f"with the pooler that it gets; what pools otherwise, as sentence encoders do, does not read it."
+        )
     if missing:
         raise Refusal(
             f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "

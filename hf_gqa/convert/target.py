@@ -74,13 +74,14 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
         raise Refusal(
             f"convert_encoder: donor '{donor.name}' has no encoder beside a decoder. Leave --convert-encoder out."
         )
-    types = getattr(donor.config, "layer_types", None) or ["attention"] * donor.config.num_hidden_layers
+    _check_ties(donor, plan)
+    types = getattr(donor.config, "layer_types", None) or ["attention"] * len(donor.sites)
     rows = plan.rows(donor.num_key_value_heads, types)
     pairs = zip(donor.num_key_value_heads, (row.num_key_value_heads for row in rows), strict=False)
     for heads, wanted in dict.fromkeys(pairs):
         check_plan(plan, donor.num_attention_heads, heads, donor.name, wanted)
     try:
-        check_rows(rows, donor.config.num_hidden_layers, donor.num_attention_heads, types)
+        check_rows(rows, len(donor.sites), donor.num_attention_heads, types, donor.layout.num_layers_field)
     except ValueError as error:
         raise Refusal(str(error)) from None
     _check_shared_init(plan, rows)
@@ -94,13 +95,27 @@ def _checked_rows(donor: Donor, plan: ConversionPlan) -> tuple[LayerPlan, ...]:
             f"sharing = {plan.sharing}: ties feed-forwards, and '{donor.name}' stores its experts one by one, under names that "
             f"its class does not have. Use albert_attention, or convert the loaded model (hf_gqa.convert)."
         )
+    _check_observing(donor, plan, rows)
+    return rows
+
+
+def _check_ties(donor: Donor, plan: ConversionPlan) -> None:
+    """Refuse to let layers share that share already."""
+    borrows = any(len(row) > 1 for row in plan.layer_plan or ())
+    if donor.layout.ties_layers and (plan.sharing != "own" or borrows):
+        raise Refusal(
+            f"sharing = {plan.sharing}: the {donor.config.num_hidden_layers} layers of '{donor.name}' compute with the weights of "
+            f"{len(donor.sites)} already, so there is nothing left to share. Give num_key_value_heads alone."
+        )
+
+
+def _check_observing(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
     observing = [name for name in plan.method if getattr(METHODS.get(name), "observes", False)]
-    if observing and any(row.borrows for row in rows):
+    if observing and (donor.layout.ties_layers or any(row.borrows for row in rows)):
         raise Refusal(
             f"method = {','.join(plan.method)}: '{observing[0]}' fits one layer after the other, and here layers share. "
             f"Leave it out."
         )
-    return rows
 
 
 def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:

@@ -28,6 +28,7 @@ HYBRID = (
     "bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_next",
     "recurrent_gemma", "zamba", "zamba2",
 )  # fmt: skip
+MULTIMODAL_ROPE = ("glm4v", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 
 UNSUPPORTED = (
     Unsupported(
@@ -67,9 +68,9 @@ UNSUPPORTED = (
         nearest="llama",
     ),
     Unsupported(
-        model_types=("albert",),
-        reason="computes all its layers with the weights of one, so that no layer's heads can change alone",
-        nearest="bert",
+        model_types=MULTIMODAL_ROPE,
+        reason="rotates sections of each head by time, height and width (M-RoPE), which no layout of hf_gqa describes",
+        nearest="qwen2",
     ),
     Unsupported(
         model_types=("esmc",),

@@ -11,6 +11,7 @@ from ..convert.cache_bytes import (
     cache_bytes_per_token_computed,
     cached_heads,
     cached_heads_of,
+    heads_of_layers,
     key_value_bytes_per_token,
 )
 from ..convert.cache_bytes_by_kind import cache_bytes_by_kind
@@ -100,19 +101,19 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
 
 
 def _side(donor: Donor, model_type: str, heads: list[int], cached: Heads, parameters: int, weight_bytes: int) -> dict:
-    dtype = stored_dtype(donor)
+    dtype, of_layers = stored_dtype(donor), heads_of_layers(donor.config, heads)
     numbers = {
         "model_type": model_type,
-        "num_hidden_layers": len(heads),
+        "num_hidden_layers": len(of_layers),
         "num_attention_heads": donor.num_attention_heads,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": of_layers,
         "head_dim": donor.head_dim,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": parameters,
         "weight_bytes": weight_bytes,
         "cache_bytes_per_token": cache_bytes_per_token_computed(donor.config, cached, dtype),
         "cache_bytes_per_token_beyond_window": cache_bytes_per_token_beyond_window(donor.config, cached, dtype),
-        "key_value_bytes_per_token": key_value_bytes_per_token(donor.config, heads, dtype),
+        "key_value_bytes_per_token": key_value_bytes_per_token(donor.config, of_layers, dtype),
         "tensor_parallel_sizes": tensor_parallel_sizes(donor.num_attention_heads, math.gcd(*heads)),
     }
     if donor.layout.cross_attention is None:

@@ -73,7 +73,7 @@ def export_in_words(family: Family) -> str:
 
 def methods_in_words(layout: AttentionLayout) -> str:
     reasons = {
-        "observes": layout.cross_attention is not None,
+        "observes": layout.cross_attention is not None or layout.ties_layers,
         "computes_scores": layout.query_norm is None and not layout.plain_scores,
         "moves_heads": layout.head_positions == "always",
         "needs_linear_scores": layout.query_norm is not None,
@@ -92,7 +92,7 @@ def all_but(names: Iterable[str]) -> str:
 def sharing_in_words(layout: AttentionLayout) -> str:
     """Patterns are rows, which planned attention follows in every family whose blocks let it."""
     lending = [n for n in SHARINGS.names() if any(row.borrows_states for row in SHARINGS.get(n)((0, 0), (1, 1)))]
-    if layout.cross_attention is not None:
+    if layout.cross_attention is not None or layout.ties_layers:
         return "none"
     return "all" if layout.passes_keywords else all_but(lending)
 

@@ -39,6 +39,8 @@ class AttentionLayout:
             lend each other queries, keys and values.
         bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
         position: the position scheme in words, for people.
+        ties_layers: whether layers at several depths compute with the same attention, as in ALBERT; then `num_layers_field`
+            says how many attentions there are.
         cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
             `attention` is the path in the decoder.
         encoder_attention: path of an encoder layer's attention, with `cross_attention`.
@@ -71,6 +73,7 @@ class AttentionLayout:
     passes_keywords: bool = True
     bidirectional: bool = False
     position: str
+    ties_layers: bool = False
     cross_attention: str | None = None
     encoder_attention: str | None = None
     num_layers_field: str = "num_hidden_layers"

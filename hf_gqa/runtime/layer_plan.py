@@ -69,16 +69,16 @@ def check_rows(
     num_hidden_layers: int,
     num_attention_heads: int,
     layer_types: list[str] | None = None,
+    counted_by: str = "num_hidden_layers",
 ) -> None:
     """Raise ValueError, naming the row, if the table breaks an invariant.
 
     Args:
         layer_types: of each layer, such as "sliding_attention"; None where all are the same.
+        counted_by: the configuration field that `num_hidden_layers` is the value of.
     """
     if len(rows) != num_hidden_layers:
-        raise ValueError(
-            f"layer_plan: {len(rows)} rows for num_hidden_layers = {num_hidden_layers}. Give one row each."
-        )
+        raise ValueError(f"layer_plan: {len(rows)} rows for {counted_by} = {num_hidden_layers}. Give one row each.")
     types = layer_types or ["attention"] * len(rows)
     for layer_idx, row in enumerate(rows):
         heads = row.num_key_value_heads

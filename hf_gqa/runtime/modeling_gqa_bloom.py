@@ -3,7 +3,14 @@
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, BloomModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    BloomForQuestionAnswering,
+    BloomForSequenceClassification,
+    BloomForTokenClassification,
+    BloomModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 
@@ -81,9 +88,24 @@ class GQABloomModel(BuiltEagerly, PlannedModel, BloomModel):
     _supports_sdpa = True
 
 
-class GQABloomForCausalLM(BuiltEagerly, PlannedHead, BloomForCausalLM, GenerationMixin):
-    config: GQABloomConfig
+class GQABloomHead(BuiltEagerly, PlannedHead):
     config_class = GQABloomConfig
     model_class = GQABloomModel
     default_attention = NAME
     _supports_sdpa = True
+
+
+class GQABloomForCausalLM(GQABloomHead, BloomForCausalLM, GenerationMixin):
+    config: GQABloomConfig
+
+
+class GQABloomForSequenceClassification(GQABloomHead, BloomForSequenceClassification):
+    config: GQABloomConfig
+
+
+class GQABloomForTokenClassification(GQABloomHead, BloomForTokenClassification):
+    config: GQABloomConfig
+
+
+class GQABloomForQuestionAnswering(GQABloomHead, BloomForQuestionAnswering):
+    config: GQABloomConfig

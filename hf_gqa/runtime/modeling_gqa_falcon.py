@@ -5,7 +5,14 @@ import math
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM, FalconModel
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    FalconForQuestionAnswering,
+    FalconForSequenceClassification,
+    FalconForTokenClassification,
+    FalconModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconLinear, apply_rotary_pos_emb
@@ -107,11 +114,14 @@ class GQAFalconModel(BuiltEagerly, PlannedModel, FalconModel):
         return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
-class GQAFalconForCausalLM(BuiltEagerly, PlannedHead, FalconForCausalLM, GenerationMixin):
-    config: GQAFalconConfig
+class GQAFalconHead(BuiltEagerly, PlannedHead):
     config_class = GQAFalconConfig
     model_class = GQAFalconModel
     default_attention = NAME
+
+
+class GQAFalconForCausalLM(GQAFalconHead, FalconForCausalLM, GenerationMixin):
+    config: GQAFalconConfig
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask=None, **kwargs):
@@ -119,3 +129,15 @@ class GQAFalconForCausalLM(BuiltEagerly, PlannedHead, FalconForCausalLM, Generat
         if config.alibi:
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+
+class GQAFalconForSequenceClassification(GQAFalconHead, FalconForSequenceClassification):
+    config: GQAFalconConfig
+
+
+class GQAFalconForTokenClassification(GQAFalconHead, FalconForTokenClassification):
+    config: GQAFalconConfig
+
+
+class GQAFalconForQuestionAnswering(GQAFalconHead, FalconForQuestionAnswering):
+    config: GQAFalconConfig

@@ -1,7 +1,13 @@
 """Gemma with the KV heads its plan gives each layer."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaForSequenceClassification,
+    GemmaForTokenClassification,
+    GemmaModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gemma.modeling_gemma import GemmaAttention, apply_rotary_pos_emb
 
@@ -38,8 +44,19 @@ class GQAGemmaModel(PlannedModel, GemmaModel):
     default_attention = NAME
 
 
-class GQAGemmaForCausalLM(PlannedHead, GemmaForCausalLM, GenerationMixin):
-    config: GQAGemmaConfig
+class GQAGemmaHead(PlannedHead):
     config_class = GQAGemmaConfig
     model_class = GQAGemmaModel
     default_attention = NAME
+
+
+class GQAGemmaForCausalLM(GQAGemmaHead, GemmaForCausalLM, GenerationMixin):
+    config: GQAGemmaConfig
+
+
+class GQAGemmaForSequenceClassification(GQAGemmaHead, GemmaForSequenceClassification):
+    config: GQAGemmaConfig
+
+
+class GQAGemmaForTokenClassification(GQAGemmaHead, GemmaForTokenClassification):
+    config: GQAGemmaConfig

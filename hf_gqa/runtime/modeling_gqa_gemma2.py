@@ -1,7 +1,13 @@
 """Gemma 2 with the KV heads its plan gives each layer; capped scores, sliding and full layers."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
+    Gemma2Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, apply_rotary_pos_emb
 
@@ -39,8 +45,19 @@ class GQAGemma2Model(PlannedModel, Gemma2Model):
     default_attention = NAME
 
 
-class GQAGemma2ForCausalLM(PlannedHead, Gemma2ForCausalLM, GenerationMixin):
-    config: GQAGemma2Config
+class GQAGemma2Head(PlannedHead):
     config_class = GQAGemma2Config
     model_class = GQAGemma2Model
     default_attention = NAME
+
+
+class GQAGemma2ForCausalLM(GQAGemma2Head, Gemma2ForCausalLM, GenerationMixin):
+    config: GQAGemma2Config
+
+
+class GQAGemma2ForSequenceClassification(GQAGemma2Head, Gemma2ForSequenceClassification):
+    config: GQAGemma2Config
+
+
+class GQAGemma2ForTokenClassification(GQAGemma2Head, Gemma2ForTokenClassification):
+    config: GQAGemma2Config

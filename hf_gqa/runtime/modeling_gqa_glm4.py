@@ -1,7 +1,13 @@
 """GLM-4 with the KV heads its plan gives each layer; interleaved rotary pairs in a part of each head."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Glm4Config, Glm4ForCausalLM, Glm4Model
+from transformers import (
+    Glm4Config,
+    Glm4ForCausalLM,
+    Glm4ForSequenceClassification,
+    Glm4ForTokenClassification,
+    Glm4Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.glm4.modeling_glm4 import Glm4Attention, apply_rotary_pos_emb
 
@@ -39,8 +45,19 @@ class GQAGlm4Model(PlannedModel, Glm4Model):
     default_attention = NAME
 
 
-class GQAGlm4ForCausalLM(PlannedHead, Glm4ForCausalLM, GenerationMixin):
-    config: GQAGlm4Config
+class GQAGlm4Head(PlannedHead):
     config_class = GQAGlm4Config
     model_class = GQAGlm4Model
     default_attention = NAME
+
+
+class GQAGlm4ForCausalLM(GQAGlm4Head, Glm4ForCausalLM, GenerationMixin):
+    config: GQAGlm4Config
+
+
+class GQAGlm4ForSequenceClassification(GQAGlm4Head, Glm4ForSequenceClassification):
+    config: GQAGlm4Config
+
+
+class GQAGlm4ForTokenClassification(GQAGlm4Head, Glm4ForTokenClassification):
+    config: GQAGlm4Config

@@ -1,7 +1,13 @@
 """GPT-BigCode (StarCoder, SantaCoder) with the KV heads its plan gives each layer; learned positions."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeModel
+from transformers import (
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTBigCodeForSequenceClassification,
+    GPTBigCodeForTokenClassification,
+    GPTBigCodeModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
 
@@ -70,8 +76,19 @@ class GQAGPTBigCodeModel(PlannedModel, GPTBigCodeModel):
     default_attention = NAME
 
 
-class GQAGPTBigCodeForCausalLM(PlannedHead, GPTBigCodeForCausalLM, GenerationMixin):
-    config: GQAGPTBigCodeConfig
+class GQAGPTBigCodeHead(PlannedHead):
     config_class = GQAGPTBigCodeConfig
     model_class = GQAGPTBigCodeModel
     default_attention = NAME
+
+
+class GQAGPTBigCodeForCausalLM(GQAGPTBigCodeHead, GPTBigCodeForCausalLM, GenerationMixin):
+    config: GQAGPTBigCodeConfig
+
+
+class GQAGPTBigCodeForSequenceClassification(GQAGPTBigCodeHead, GPTBigCodeForSequenceClassification):
+    config: GQAGPTBigCodeConfig
+
+
+class GQAGPTBigCodeForTokenClassification(GQAGPTBigCodeHead, GPTBigCodeForTokenClassification):
+    config: GQAGPTBigCodeConfig

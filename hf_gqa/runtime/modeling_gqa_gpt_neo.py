@@ -3,7 +3,14 @@
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoForQuestionAnswering,
+    GPTNeoForSequenceClassification,
+    GPTNeoForTokenClassification,
+    GPTNeoModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
@@ -101,10 +108,25 @@ class GQAGPTNeoModel(BuiltEagerly, PlannedModel, GPTNeoModel):
     _supports_flash_attn = False
 
 
-class GQAGPTNeoForCausalLM(BuiltEagerly, PlannedHead, GPTNeoForCausalLM, GenerationMixin):
-    config: GQAGPTNeoConfig
+class GQAGPTNeoHead(BuiltEagerly, PlannedHead):
     config_class = GQAGPTNeoConfig
     model_class = GQAGPTNeoModel
     default_attention = NAME
     _supports_sdpa = True
     _supports_flash_attn = False
+
+
+class GQAGPTNeoForCausalLM(GQAGPTNeoHead, GPTNeoForCausalLM, GenerationMixin):
+    config: GQAGPTNeoConfig
+
+
+class GQAGPTNeoForSequenceClassification(GQAGPTNeoHead, GPTNeoForSequenceClassification):
+    config: GQAGPTNeoConfig
+
+
+class GQAGPTNeoForTokenClassification(GQAGPTNeoHead, GPTNeoForTokenClassification):
+    config: GQAGPTNeoConfig
+
+
+class GQAGPTNeoForQuestionAnswering(GQAGPTNeoHead, GPTNeoForQuestionAnswering):
+    config: GQAGPTNeoConfig

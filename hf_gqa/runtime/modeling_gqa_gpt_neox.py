@@ -1,7 +1,14 @@
 """GPT-NeoX (Pythia) with the KV heads its plan gives each layer; only the first part of each head rotates."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForQuestionAnswering,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXForTokenClassification,
+    GPTNeoXModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, apply_rotary_pos_emb
 
@@ -51,13 +58,16 @@ class GQAGPTNeoXModel(PlannedModel, GPTNeoXModel):
     default_attention = NAME
 
 
-class GQAGPTNeoXForCausalLM(PlannedHead, GPTNeoXForCausalLM, GenerationMixin):
-    """Its head is called `lm_head` with every transformers; before 5.23 the native class calls it `embed_out`."""
-
-    config: GQAGPTNeoXConfig
+class GQAGPTNeoXHead(PlannedHead):
     config_class = GQAGPTNeoXConfig
     model_class = GQAGPTNeoXModel
     default_attention = NAME
+
+
+class GQAGPTNeoXForCausalLM(GQAGPTNeoXHead, GPTNeoXForCausalLM, GenerationMixin):
+    """Its head is called `lm_head` with every transformers; before 5.23 the native class calls it `embed_out`."""
+
+    config: GQAGPTNeoXConfig
     _tied_weights_keys = {"lm_head.weight": "gpt_neox.embed_in.weight"}
 
     @property
@@ -66,3 +76,15 @@ class GQAGPTNeoXForCausalLM(PlannedHead, GPTNeoXForCausalLM, GenerationMixin):
 
     def __setattr__(self, name, value):
         super().__setattr__("lm_head" if name == "embed_out" else name, value)
+
+
+class GQAGPTNeoXForSequenceClassification(GQAGPTNeoXHead, GPTNeoXForSequenceClassification):
+    config: GQAGPTNeoXConfig
+
+
+class GQAGPTNeoXForTokenClassification(GQAGPTNeoXHead, GPTNeoXForTokenClassification):
+    config: GQAGPTNeoXConfig
+
+
+class GQAGPTNeoXForQuestionAnswering(GQAGPTNeoXHead, GPTNeoXForQuestionAnswering):
+    config: GQAGPTNeoXConfig

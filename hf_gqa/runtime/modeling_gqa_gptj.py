@@ -2,7 +2,7 @@
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import GPTJConfig, GPTJForCausalLM, GPTJModel
+from transformers import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification, GPTJModel
 from transformers.generation import GenerationMixin
 from transformers.models.gptj.modeling_gptj import GPTJAttention, apply_rotary_pos_emb
 
@@ -76,9 +76,20 @@ class GQAGPTJModel(BuiltEagerly, PlannedModel, GPTJModel):
     _supports_sdpa = True
 
 
-class GQAGPTJForCausalLM(BuiltEagerly, PlannedHead, GPTJForCausalLM, GenerationMixin):
-    config: GQAGPTJConfig
+class GQAGPTJHead(BuiltEagerly, PlannedHead):
     config_class = GQAGPTJConfig
     model_class = GQAGPTJModel
     default_attention = NAME
     _supports_sdpa = True
+
+
+class GQAGPTJForCausalLM(GQAGPTJHead, GPTJForCausalLM, GenerationMixin):
+    config: GQAGPTJConfig
+
+
+class GQAGPTJForSequenceClassification(GQAGPTJHead, GPTJForSequenceClassification):
+    config: GQAGPTJConfig
+
+
+class GQAGPTJForQuestionAnswering(GQAGPTJHead, GPTJForQuestionAnswering):
+    config: GQAGPTJConfig

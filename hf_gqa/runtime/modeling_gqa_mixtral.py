@@ -1,7 +1,14 @@
 """Mixtral with the KV heads its plan gives each layer; a mixture of experts that stays the donor's."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralForQuestionAnswering,
+    MixtralForSequenceClassification,
+    MixtralForTokenClassification,
+    MixtralModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply_rotary_pos_emb
@@ -43,11 +50,26 @@ class GQAMixtralModel(PlannedModel, MixtralModel):
     default_attention = NAME
 
 
-class GQAMixtralForCausalLM(PlannedHead, MixtralForCausalLM, GenerationMixin):
-    config: GQAMixtralConfig
+class GQAMixtralHead(PlannedHead):
     config_class = GQAMixtralConfig
     model_class = GQAMixtralModel
     default_attention = NAME
+
+
+class GQAMixtralForCausalLM(GQAMixtralHead, MixtralForCausalLM, GenerationMixin):
+    config: GQAMixtralConfig
+
+
+class GQAMixtralForSequenceClassification(GQAMixtralHead, MixtralForSequenceClassification):
+    config: GQAMixtralConfig
+
+
+class GQAMixtralForTokenClassification(GQAMixtralHead, MixtralForTokenClassification):
+    config: GQAMixtralConfig
+
+
+class GQAMixtralForQuestionAnswering(GQAMixtralHead, MixtralForQuestionAnswering):
+    config: GQAMixtralConfig
 
 
 # checkpoints hold every expert by itself, the class holds them together: transformers joins them for our class too

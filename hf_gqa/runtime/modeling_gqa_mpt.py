@@ -5,7 +5,14 @@ import copy
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import MptConfig, MptForCausalLM, MptModel
+from transformers import (
+    MptConfig,
+    MptForCausalLM,
+    MptForQuestionAnswering,
+    MptForSequenceClassification,
+    MptForTokenClassification,
+    MptModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.models.mpt.modeling_mpt import MptAttention
@@ -103,14 +110,29 @@ class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):
         )
 
 
-class GQAMptForCausalLM(BuiltEagerly, PlannedHead, MptForCausalLM, GenerationMixin):
-    config: GQAMptConfig
+class GQAMptHead(BuiltEagerly, PlannedHead):
     config_class = GQAMptConfig
     model_class = GQAMptModel
     default_attention = NAME
     _supports_sdpa = True
 
+
+class GQAMptForCausalLM(GQAMptHead, MptForCausalLM, GenerationMixin):
+    config: GQAMptConfig
+
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
         """The model makes its masks itself."""
         return attention_mask
+
+
+class GQAMptForSequenceClassification(GQAMptHead, MptForSequenceClassification):
+    config: GQAMptConfig
+
+
+class GQAMptForTokenClassification(GQAMptHead, MptForTokenClassification):
+    config: GQAMptConfig
+
+
+class GQAMptForQuestionAnswering(GQAMptHead, MptForQuestionAnswering):
+    config: GQAMptConfig

@@ -1,7 +1,7 @@
 """OPT with the KV heads its plan gives each layer; learned positions."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import OPTConfig, OPTForCausalLM, OPTModel
+from transformers import OPTConfig, OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
 from transformers.generation import GenerationMixin
 from transformers.models.opt.modeling_opt import OPTAttention
 
@@ -50,8 +50,19 @@ class GQAOPTModel(PlannedModel, OPTModel):
     default_attention = NAME
 
 
-class GQAOPTForCausalLM(PlannedHead, OPTForCausalLM, GenerationMixin):
-    config: GQAOPTConfig
+class GQAOPTHead(PlannedHead):
     config_class = GQAOPTConfig
     model_class = GQAOPTModel
     default_attention = NAME
+
+
+class GQAOPTForCausalLM(GQAOPTHead, OPTForCausalLM, GenerationMixin):
+    config: GQAOPTConfig
+
+
+class GQAOPTForSequenceClassification(GQAOPTHead, OPTForSequenceClassification):
+    config: GQAOPTConfig
+
+
+class GQAOPTForQuestionAnswering(GQAOPTHead, OPTForQuestionAnswering):
+    config: GQAOPTConfig

@@ -2,7 +2,7 @@
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import PhiConfig, PhiForCausalLM, PhiModel
+from transformers import PhiConfig, PhiForCausalLM, PhiForSequenceClassification, PhiForTokenClassification, PhiModel
 from transformers.generation import GenerationMixin
 from transformers.models.phi.modeling_phi import PhiAttention, apply_rotary_pos_emb
 
@@ -47,8 +47,19 @@ class GQAPhiModel(PlannedModel, PhiModel):
     default_attention = NAME
 
 
-class GQAPhiForCausalLM(PlannedHead, PhiForCausalLM, GenerationMixin):
-    config: GQAPhiConfig
+class GQAPhiHead(PlannedHead):
     config_class = GQAPhiConfig
     model_class = GQAPhiModel
     default_attention = NAME
+
+
+class GQAPhiForCausalLM(GQAPhiHead, PhiForCausalLM, GenerationMixin):
+    config: GQAPhiConfig
+
+
+class GQAPhiForSequenceClassification(GQAPhiHead, PhiForSequenceClassification):
+    config: GQAPhiConfig
+
+
+class GQAPhiForTokenClassification(GQAPhiHead, PhiForTokenClassification):
+    config: GQAPhiConfig

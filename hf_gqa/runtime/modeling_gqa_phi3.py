@@ -1,7 +1,13 @@
 """Phi-3 with the KV heads its plan gives each layer; separate query, key and value, one sliding window."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
+from transformers import (
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, apply_rotary_pos_emb
 
@@ -43,8 +49,19 @@ class GQAPhi3Model(PlannedModel, Phi3Model):
     default_attention = NAME
 
 
-class GQAPhi3ForCausalLM(PlannedHead, Phi3ForCausalLM, GenerationMixin):
-    config: GQAPhi3Config
+class GQAPhi3Head(PlannedHead):
     config_class = GQAPhi3Config
     model_class = GQAPhi3Model
     default_attention = NAME
+
+
+class GQAPhi3ForCausalLM(GQAPhi3Head, Phi3ForCausalLM, GenerationMixin):
+    config: GQAPhi3Config
+
+
+class GQAPhi3ForSequenceClassification(GQAPhi3Head, Phi3ForSequenceClassification):
+    config: GQAPhi3Config
+
+
+class GQAPhi3ForTokenClassification(GQAPhi3Head, Phi3ForTokenClassification):
+    config: GQAPhi3Config

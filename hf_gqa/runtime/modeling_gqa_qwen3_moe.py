@@ -1,7 +1,14 @@
 """Qwen3 MoE with the KV heads its plan gives each layer; norms over head_dim, experts stay the donor's."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
+from transformers import (
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeForQuestionAnswering,
+    Qwen3MoeForSequenceClassification,
+    Qwen3MoeForTokenClassification,
+    Qwen3MoeModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, apply_rotary_pos_emb
@@ -41,11 +48,26 @@ class GQAQwen3MoeModel(PlannedModel, Qwen3MoeModel):
     default_attention = NAME
 
 
-class GQAQwen3MoeForCausalLM(PlannedHead, Qwen3MoeForCausalLM, GenerationMixin):
-    config: GQAQwen3MoeConfig
+class GQAQwen3MoeHead(PlannedHead):
     config_class = GQAQwen3MoeConfig
     model_class = GQAQwen3MoeModel
     default_attention = NAME
+
+
+class GQAQwen3MoeForCausalLM(GQAQwen3MoeHead, Qwen3MoeForCausalLM, GenerationMixin):
+    config: GQAQwen3MoeConfig
+
+
+class GQAQwen3MoeForSequenceClassification(GQAQwen3MoeHead, Qwen3MoeForSequenceClassification):
+    config: GQAQwen3MoeConfig
+
+
+class GQAQwen3MoeForTokenClassification(GQAQwen3MoeHead, Qwen3MoeForTokenClassification):
+    config: GQAQwen3MoeConfig
+
+
+class GQAQwen3MoeForQuestionAnswering(GQAQwen3MoeHead, Qwen3MoeForQuestionAnswering):
+    config: GQAQwen3MoeConfig
 
 
 # checkpoints hold every expert by itself, the class holds them together: transformers joins them for our class too

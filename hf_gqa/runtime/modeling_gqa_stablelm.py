@@ -2,7 +2,13 @@
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import StableLmConfig, StableLmForCausalLM, StableLmModel
+from transformers import (
+    StableLmConfig,
+    StableLmForCausalLM,
+    StableLmForSequenceClassification,
+    StableLmForTokenClassification,
+    StableLmModel,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.stablelm.modeling_stablelm import (
     StableLmAttention,
@@ -63,8 +69,19 @@ class GQAStableLmModel(PlannedModel, StableLmModel):
     default_attention = NAME
 
 
-class GQAStableLmForCausalLM(PlannedHead, StableLmForCausalLM, GenerationMixin):
-    config: GQAStableLmConfig
+class GQAStableLmHead(PlannedHead):
     config_class = GQAStableLmConfig
     model_class = GQAStableLmModel
     default_attention = NAME
+
+
+class GQAStableLmForCausalLM(GQAStableLmHead, StableLmForCausalLM, GenerationMixin):
+    config: GQAStableLmConfig
+
+
+class GQAStableLmForSequenceClassification(GQAStableLmHead, StableLmForSequenceClassification):
+    config: GQAStableLmConfig
+
+
+class GQAStableLmForTokenClassification(GQAStableLmHead, StableLmForTokenClassification):
+    config: GQAStableLmConfig

@@ -2,7 +2,13 @@
 
 from huggingface_hub.dataclasses import strict
 from torch.nn.functional import dropout
-from transformers import Starcoder2Config, Starcoder2ForCausalLM, Starcoder2Model
+from transformers import (
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+    Starcoder2ForSequenceClassification,
+    Starcoder2ForTokenClassification,
+    Starcoder2Model,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2Attention, apply_rotary_pos_emb
 
@@ -47,8 +53,19 @@ class GQAStarcoder2Model(PlannedModel, Starcoder2Model):
     default_attention = NAME
 
 
-class GQAStarcoder2ForCausalLM(PlannedHead, Starcoder2ForCausalLM, GenerationMixin):
-    config: GQAStarcoder2Config
+class GQAStarcoder2Head(PlannedHead):
     config_class = GQAStarcoder2Config
     model_class = GQAStarcoder2Model
     default_attention = NAME
+
+
+class GQAStarcoder2ForCausalLM(GQAStarcoder2Head, Starcoder2ForCausalLM, GenerationMixin):
+    config: GQAStarcoder2Config
+
+
+class GQAStarcoder2ForSequenceClassification(GQAStarcoder2Head, Starcoder2ForSequenceClassification):
+    config: GQAStarcoder2Config
+
+
+class GQAStarcoder2ForTokenClassification(GQAStarcoder2Head, Starcoder2ForTokenClassification):
+    config: GQAStarcoder2Config

@@ -17,6 +17,8 @@ class PlannedConfig:
     any row, for the engines that read one number for all layers.
     """
 
+    rows_field = "num_hidden_layers"  # which says how many attentions there are
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.fill_plan()
@@ -30,12 +32,13 @@ class PlannedConfig:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.layer_plan is None:
-            rows = uniform_rows(self.num_hidden_layers, self.num_key_value_heads)
+            rows = uniform_rows(getattr(self, self.rows_field), self.num_key_value_heads)
             self.layer_plan = [row.to_dict() for row in rows]
 
     def validate_layer_plan(self):
         rows = read_rows(self)
-        check_rows(rows, self.num_hidden_layers, self.num_attention_heads, getattr(self, "layer_types", None))
+        types = getattr(self, "layer_types", None)
+        check_rows(rows, getattr(self, self.rows_field), self.num_attention_heads, types, self.rows_field)
         most = max(row.num_key_value_heads for row in rows)
         if self.num_key_value_heads != most:
             raise ValueError(

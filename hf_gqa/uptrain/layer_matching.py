@@ -26,10 +26,11 @@ class LayerOutputs:
 
     def __init__(self, model: PreTrainedModel):
         layout = layout_of(model.config.model_type, "layer matching")
-        if not layout.passes_keywords:
+        if not layout.passes_keywords or layout.ties_layers:
+            how = "at several depths" if layout.ties_layers else "in a way of their own"
             raise Refusal(
-                f"layer matching: the blocks of a {layout.model_type} call their attention in a way of their own, so that what it "
-                f"puts out cannot be compared. Use the objective kl or cross_entropy."
+                f"layer matching: the blocks of a {layout.model_type} call their attention {how}, so that what it puts out "
+                f"cannot be compared. Use the objective kl or cross_entropy."
             )
         self.attention, self.hidden, self.attention_inputs = {}, {}, {}
         self.attention_modules: dict[int, nn.Module] = {}

@@ -14,6 +14,7 @@ from ..refusal import Refusal
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of the first BERTs
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,7 +42,7 @@ class Checkpoint:
     """A folder of safetensors files; tensors are mapped, not read, until they are used.
 
     Attributes:
-        shards: file name -> names of the tensors in it, in the order of the donor.
+        shards: file name -> names of the tensors in it, in the order of the donor; of older names, what they are now.
 
     Raises:
         Refusal: no safetensors, an unusable index, a file that is missing, outside the folder, or not readable.
@@ -52,7 +53,7 @@ class Checkpoint:
         self._open = {}
         listed = self._listed_shards()
         self.shards = {file: tuple(self._file(file).keys()) for file in listed}
-        self._file_of = {}
+        self._file_of, self._stored_name = {}, {}
         for file, name in ((file, name) for file, names in self.shards.items() for name in names):
             twin = self._file_of.setdefault(name, file)
             if twin != file:
@@ -71,6 +72,17 @@ class Checkpoint:
                     f"{folder / INDEX_FILE}: does not list '{unlisted[0]}', which {self._file_of[unlisted[0]]} holds "
                     f"({len(unlisted)} such tensors). Index and files are of different checkpoints: download both again."
                 )
+        self._rename()
+
+    def _rename(self) -> None:
+        """As transformers does when it loads."""
+        for name in list(self._file_of):
+            for old, new in OLD_NAMES.items():
+                renamed = name.replace(old, new)
+                if renamed != name and renamed not in self._file_of:  # with both, the old one is left to be refused
+                    self._file_of[renamed], self._stored_name[renamed] = self._file_of.pop(name), name
+        now = {stored: name for name, stored in self._stored_name.items()}
+        self.shards = {file: tuple(now.get(name, name) for name in names) for file, names in self.shards.items()}
 
     def _listed_shards(self) -> dict[str, list[str]]:
         """File name -> tensors that the index places in it; no tensors listed for a checkpoint without an index."""
@@ -114,10 +126,10 @@ class Checkpoint:
         return self._open[file]
 
     def _slice(self, name: str):
-        return self._file(self._file_of[name]).get_slice(name)
+        return self._file(self._file_of[name]).get_slice(self._stored_name.get(name, name))
 
     def get(self, name: str) -> torch.Tensor:
-        return self._file(self._file_of[name]).get_tensor(name)
+        return self._file(self._file_of[name]).get_tensor(self._stored_name.get(name, name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
