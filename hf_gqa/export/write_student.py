@@ -25,6 +25,9 @@ from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
 
 
+WAITING = ".converted-layers"
+
+
 def convert_checkpoint(
     donor: str | Path | Donor,
     output: str | Path,
@@ -39,6 +42,9 @@ def convert_checkpoint(
     **plan_fields,
 ) -> Manifest:
     """Convert a folder or a Hub repository into the folder `output`, holding about one shard of changed tensors.
+
+    With rows of text, it holds one layer of the donor and the text's hidden states (of families that `why_loaded_whole`
+    names none of; the others are loaded whole).
 
     The student has the tensors that `convert` gives in memory, bit for bit, in the donor's shards, with the donor's
     tokenizer, generation configuration, chat template and licence files beside them.
@@ -68,8 +74,8 @@ def convert_checkpoint(
     check_output(output, overwrite, donor.folder)
     target = choose_target(donor, plan)
     _check_space(output, explain(donor, plan, target).after["weight_bytes"])
-    known = calibrated(donor, plan, target, calibration)
     with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(2) as pool:
+        known = calibrated(donor, plan, target, calibration, scratch=staging / WAITING)
         hashes = None
         if donor.revision is None:
             hashes = {file: pool.submit(file_sha256, donor.folder / file) for file in donor.tensors.shards}
@@ -78,6 +84,7 @@ def convert_checkpoint(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        shutil.rmtree(staging / WAITING, ignore_errors=True)
         _write_config(donor, target, staging)
         carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}

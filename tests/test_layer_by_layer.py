@@ -1,0 +1,137 @@
+"""A donor on disk that is run on text one layer at a time: the same student as of one loaded whole, in less memory."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_gqa import convert_checkpoint, open_donor
+from hf_gqa.convert import calibration
+from hf_gqa.convert.calibration import calibrate
+from hf_gqa.convert.layer_run import LayerRun
+from hf_gqa.convert.stored_model import StoredModel, why_loaded_whole
+
+from .test_bad_input import run_cli
+from .test_calibrated_conversion import rows
+from .test_conformance import every_decoder_storage
+from .tiny_donors import ENCODERS, tiny_donor
+
+
+DONOR = Path(__file__).parent.parent / "examples" / "donor"
+OBSERVING, CLOSED_FORM = "align,mean_pool,refit", "align,mean_pool"
+
+
+def tensors_of(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def stored(model_type: str, folder, **changes):
+    tiny_donor(model_type, **changes).to(torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
+    return open_donor(folder)
+
+
+def loaded_whole(donor):
+    return donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
+
+
+@every_decoder_storage
+@pytest.mark.parametrize("method", [OBSERVING, CLOSED_FORM])
+def test_student_is_that_of_the_donor_loaded_whole(model_type, method, tmp_path, monkeypatch):
+    donor = stored(model_type, tmp_path / "donor")
+    plan = {"num_key_value_heads": 2, "method": method, "calibration": rows()}
+    if why_loaded_whole(donor) is None:
+        with monkeypatch.context() as patch:
+            patch.setattr(donor.model_class, "from_pretrained", None)  # would load it whole
+            convert_checkpoint(donor, tmp_path / "one", **plan)
+    else:
+        assert donor.as_published
+        convert_checkpoint(donor, tmp_path / "one", **plan)
+    monkeypatch.setattr(calibration, "model_to_run", loaded_whole)
+    convert_checkpoint(donor, tmp_path / "other", **plan)
+    one, other = (tensors_of(tmp_path / name) for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "other").iterdir()) and ".converted-layers" not in names
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gptj", "opt", "falcon", *ENCODERS[-1:]])
+def test_what_is_stored_nowhere_is_computed(model_type, tmp_path):
+    """Buffers that the class makes, and embeddings, come out as when the donor is loaded."""
+    donor = stored(model_type, tmp_path / "donor")
+    assert why_loaded_whole(donor) is None
+    one, other = (calibrate(donor, model, rows()) for model in (None, loaded_whole(donor)))
+    for seen, expected in zip(one.statistics, other.statistics, strict=True):
+        assert torch.equal(seen.moment_FF, expected.moment_FF)
+
+
+def test_weights_are_rounded_as_loading_would(tmp_path):
+    """config.json says bfloat16, the files hold float32."""
+    tiny_donor("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    donor = open_donor(tmp_path)
+    assert why_loaded_whole(donor) is None
+    whole = loaded_whole(donor)
+    assert whole.dtype == torch.bfloat16
+    one, other = (calibrate(donor, model, rows()).statistics[1] for model in (None, whole))
+    assert torch.equal(one.moment_FF, other.moment_FF)
+
+
+def live_bytes() -> int:
+    gc.collect()
+    found = {p.data_ptr(): p.nbytes for p in gc.get_objects() if type(p) is nn.Parameter and not p.is_meta}
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("method", [OBSERVING, CLOSED_FORM])
+def test_one_layer_has_values_at_a_time(method, tmp_path, monkeypatch):
+    donor = stored("llama", tmp_path / "donor", num_hidden_layers=6)
+    layer_bytes = 4 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)  # of float32
+    before, peaks, outputs = live_bytes(), [], LayerRun.outputs
+
+    def watched(*arguments, **keywords):
+        peaks.append(live_bytes() - before)
+        return outputs(*arguments, **keywords)
+
+    monkeypatch.setattr(LayerRun, "outputs", watched)
+    for model_to_run, number in ((StoredModel, 1), (loaded_whole, 1 + 6 / 2)):  # all of them in bfloat16, and a copy
+        monkeypatch.setattr(calibration, "model_to_run", model_to_run)
+        peaks.clear()
+        output = tmp_path / model_to_run.__name__
+        convert_checkpoint(donor, output, num_key_value_heads=2, method=method, calibration=rows())
+        assert len(peaks) >= 6
+        assert (max(peaks) == layer_bytes) == (number == 1) and max(peaks) >= number * layer_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "mixtral"}, "its files are in a layout that transformers converts when it loads"),
+        ({"model_type": "llama"}, None),
+    ],
+)
+def test_donor_that_is_loaded_whole_says_so(changes, reason, tmp_path):
+    assert why_loaded_whole(stored(folder=tmp_path / "donor", **changes)) == reason
+
+
+def test_buffers_that_the_class_does_not_compute_are_not_guessed(tmp_path, monkeypatch):
+    donor = stored("gptj", tmp_path / "donor")
+    monkeypatch.setattr(StoredModel(donor).base_model.__class__, "_init_weights", lambda self, module: None)
+    assert why_loaded_whole(donor) == "'h.1.attn' has a buffer that its class does not compute when it loads"
+
+
+def test_explanation_says_what_is_loaded(tmp_path):
+    asked = ["--num-key-value-heads", 2, "--method", "group,fold,refit", "--dry-run", "--json"]
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 99)
+    for given, whole in ((["--calibration", tmp_path / "text.txt"], False), (["--calibration-tokens", 512], True)):
+        result = run_cli("convert", DONOR, tmp_path / "out", *asked, *given)
+        assert result.exit_code == 0, result.output
+        said = [note for note in json.loads(result.stdout)["notes"] if "loaded whole" in note]
+        assert (
+            said
+            == ["The donor is loaded whole, to write its own text. Text files take the memory of one layer."] * whole
+        )
