@@ -2,17 +2,16 @@
 
 import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from hf_gqa import convert_checkpoint, open_donor
 from hf_gqa.convert import calibration
 from hf_gqa.convert.calibration import calibrate
-from hf_gqa.convert.layer_run import LayerRun
 from hf_gqa.convert.stored_model import StoredModel, why_loaded_whole
 
 from .test_bad_input import run_cli
@@ -81,30 +80,28 @@ def test_weights_are_rounded_as_loading_would(tmp_path):
     assert torch.equal(one.moment_FF, other.moment_FF)
 
 
-def live_bytes() -> int:
-    gc.collect()
-    found = {p.data_ptr(): p.nbytes for p in gc.get_objects() if type(p) is nn.Parameter and not p.is_meta}
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("method", [OBSERVING, CLOSED_FORM])
-def test_one_layer_has_values_at_a_time(method, tmp_path, monkeypatch):
-    donor = stored("llama", tmp_path / "donor", num_hidden_layers=6)
-    layer_bytes = 4 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)  # of float32
-    before, peaks, outputs = live_bytes(), [], LayerRun.outputs
+def test_one_part_has_values_at_a_time(method, tmp_path, monkeypatch):
+    """What had values before is gone when the next part gets them, and not only after a collection of garbage."""
+    donor = stored("llama", tmp_path / "donor", num_hidden_layers=4)
+    filled, paths, fill = [], [], StoredModel.fill
 
-    def watched(*arguments, **keywords):
-        peaks.append(live_bytes() - before)
-        return outputs(*arguments, **keywords)
+    def watched(self, part, path):
+        assert not any(ref() for ref in filled)
+        assert all(parameter.is_meta for parameter in self.model.parameters())
+        fill(self, part, path)
+        filled.extend(weakref.ref(parameter) for parameter in part.parameters())
+        paths.append(path)
 
-    monkeypatch.setattr(LayerRun, "outputs", watched)
-    for model_to_run, number in ((StoredModel, 1), (loaded_whole, 1 + 6 / 2)):  # all of them in bfloat16, and a copy
-        monkeypatch.setattr(calibration, "model_to_run", model_to_run)
-        peaks.clear()
-        output = tmp_path / model_to_run.__name__
-        convert_checkpoint(donor, output, num_key_value_heads=2, method=method, calibration=rows())
-        assert len(peaks) >= 6
-        assert (max(peaks) == layer_bytes) == (number == 1) and max(peaks) >= number * layer_bytes
+    monkeypatch.setattr(StoredModel, "fill", watched)
+    monkeypatch.setattr(donor.model_class, "from_pretrained", None)
+    gc.disable()
+    try:
+        convert_checkpoint(donor, tmp_path / "student", num_key_value_heads=2, method=method, calibration=rows())
+    finally:
+        gc.enable()
+    assert paths == ["", "layers.0", "layers.1", "layers.2", "layers.3"]
+    assert len(filled) == 2 + 4 * 9  # embedding and norm; of each layer seven matrices and two norms
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Peak memory of converting with text, one layer of the donor at a time, against the donor's depth and against loading it whole.
+
+Run: `python benchmarks/calibration_memory.py [--depths 2,4] [--tokens 512] [--folder DIR] [--output FILE]`. Donors are Llamas of 7B width
+with random bfloat16 weights and few layers, 32 heads converted to 8. Every way runs once, in a process of its own, on one thread;
+memory is the peak of anonymous memory (RssAnon) as in benchmarks/convert.py, above that of the imports.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import convert
+import torch
+from uptrain import machine
+
+
+METHOD = "group,fold,refit_queries,refit"
+ROW_TOKENS = 256
+EMBEDDED = 2 * 32_000  # rows of the embedding and of the head
+WHOLE = """
+from hf_gqa.convert import calibration
+calibration.model_to_run = lambda donor: donor.model_class.from_pretrained(donor.folder, dtype='auto').eval()
+"""
+
+
+def code_of(tokens: int, whole: bool) -> str:
+    return (
+        convert.IMPORTS
+        + f"torch.set_num_threads(1); rows = torch.randint(32_000, ({tokens // ROW_TOKENS}, {ROW_TOKENS}))\n"
+        + (WHOLE if whole else "")
+        + f"start = time.perf_counter(); hf_gqa.convert_checkpoint(donor, output, num_key_value_heads="
+        f"{convert.NUM_KEY_VALUE_HEADS}, method='{METHOD}', calibration=rows)"
+    )
+
+
+def donor_of_depth(folder: Path, depth: int) -> dict:
+    """Write it; its numbers."""
+    size = f"7b width, {depth} layers"
+    convert.SIZES[size] = convert.SIZES["7b"] | {"num_hidden_layers": depth}
+    convert.LAYERS_PER_SHARD[size] = 1
+    folder.mkdir()
+    _, parameters = convert.write_donor(folder, size)
+    layer_parameters = (parameters - EMBEDDED * convert.SIZES[size]["hidden_size"]) // depth
+    return {
+        "layers": depth,
+        "parameters": parameters,
+        "layer_bytes_bfloat16": 2 * layer_parameters,
+        "layer_bytes_float32": 4 * layer_parameters,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depths", default="2,4", help="the deepest is also loaded whole")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--folder", type=Path, help="where to put donors and outputs; a temporary folder by default")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "calibration_memory.json")
+    asked = parser.parse_args()
+    depths = sorted(int(depth) for depth in asked.depths.split(","))
+    ways = []
+    with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
+        output = Path(scratch) / "student"
+        imports = convert.run_way(convert.WAYS["import only"], output, output)["peak_anonymous_bytes"]
+        for depth in depths:
+            donor = Path(scratch) / "donor"
+            facts = donor_of_depth(donor, depth)
+            for whole in (False, True) if depth == depths[-1] else (False,):
+                run = convert.run_way(code_of(asked.tokens, whole), donor, output)
+                run["above_import_bytes"] = run["peak_anonymous_bytes"] - imports
+                ways.append({"loaded": "whole" if whole else "layer by layer"} | facts | run)
+                print(ways[-1], flush=True)
+            shutil.rmtree(donor)
+    hidden_bytes = asked.tokens * convert.SIZES["7b"]["hidden_size"] * 4
+    result = {"method": METHOD, "tokens": asked.tokens, "hidden_states_bytes": hidden_bytes, "ways": ways}
+    asked.output.write_text(json.dumps(result | machine() | {"threads": torch.get_num_threads()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
