@@ -1,11 +1,12 @@
 """Most memory that decoding takes, against weights and cache; and how many sequences fit where the weights leave room.
 
 Run: `python benchmarks/decode_memory.py [--output FILE.json]`; beside the JSON it writes the same as Markdown. Linux. Each cell is a process of its own:
-a Llama of random weights, a cache filled in pieces so that no prompt is larger than the steps that follow, then decoding. What the process
+a Llama of random weights, a cache filled in small pieces without a prompt, then decoding. What the process
 had before the model is taken off; the peak is what the kernel saw (VmHWM), from after the cache was filled to the end.
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -48,10 +49,14 @@ def decode(kv_heads: int, batch: int, cache: str, attention: str, context: int =
     kept = (
         DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=context + STEPS)
     )
-    for begin in range(0, context, PIECE):
-        model(torch.ones(batch, min(PIECE, context - begin), dtype=torch.long), past_key_values=kept, use_cache=True)
+    piece = torch.zeros(batch, kv_heads, PIECE, config.head_dim)
+    for layer_idx in range(config.num_hidden_layers):
+        for _ in range(context // PIECE):
+            kept.update(piece, piece, layer_idx)
+    model(torch.ones(batch, 1, dtype=torch.long), past_key_values=kept, use_cache=True)  # what is allocated once
+    ctypes.CDLL(None).malloc_trim(0)  # what filling has left free
     Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(STEPS):
+    for _ in range(STEPS - 1):
         model(torch.ones(batch, 1, dtype=torch.long), past_key_values=kept, use_cache=True)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
