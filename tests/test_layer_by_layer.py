@@ -57,6 +57,17 @@ def test_student_is_that_of_the_donor_loaded_whole(model_type, method, tmp_path,
     assert names == sorted(path.name for path in (tmp_path / "other").iterdir()) and ".converted-layers" not in names
 
 
+def test_fit_of_queries_sees_angles_that_are_stored_nowhere(tmp_path, monkeypatch):
+    """GPT-J keeps them in a buffer of its attention."""
+    donor = stored("gptj", tmp_path / "donor")
+    plan = {"num_key_value_heads": 2, "method": "fold,refit_queries", "calibration": rows()}
+    convert_checkpoint(donor, tmp_path / "one", **plan)
+    monkeypatch.setattr(calibration, "model_to_run", loaded_whole)
+    convert_checkpoint(donor, tmp_path / "other", **plan)
+    one, other = (tensors_of(tmp_path / name) for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("model_type", ["gpt_neo", "gptj", "opt", "falcon", *ENCODERS[-1:]])
 def test_what_is_stored_nowhere_is_computed(model_type, tmp_path):
     """Buffers that the class makes, and embeddings, come out as when the donor is loaded."""
