@@ -1,8 +1,8 @@
 """Peak memory of converting with text, one layer of the donor at a time, against the donor's depth and against loading it whole.
 
-Run: `python benchmarks/calibration_memory.py [--depths 2,4] [--tokens 512] [--folder DIR] [--output FILE]`. Donors are Llamas of 7B width
-with random bfloat16 weights and few layers, 32 heads converted to 8. Every way runs once, in a process of its own, on one thread;
-memory is the peak of anonymous memory (RssAnon) as in benchmarks/convert.py, above that of the imports.
+Run: `python benchmarks/calibration_memory.py [--size 1.3b|7b] [--depths 2,4] [--tokens 512] [--folder DIR] [--output FILE]`. Donors
+are Llamas of that width with random bfloat16 weights and few layers, 32 heads converted to 8. Every way runs once, in a process of
+its own, on one thread; memory is the peak of anonymous memory (RssAnon) as in benchmarks/convert.py, above that of the imports.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import convert
-import torch
 from uptrain import machine
 
 
@@ -35,28 +34,31 @@ def code_of(tokens: int, whole: bool) -> str:
     )
 
 
-def donor_of_depth(folder: Path, depth: int) -> dict:
+def donor_of_depth(folder: Path, width: str, depth: int) -> dict:
     """Write it; its numbers."""
-    size = f"7b width, {depth} layers"
-    convert.SIZES[size] = convert.SIZES["7b"] | {"num_hidden_layers": depth}
+    size = f"{width} width, {depth} layers"
+    convert.SIZES[size] = convert.SIZES[width] | {"num_hidden_layers": depth}
     convert.LAYERS_PER_SHARD[size] = 1
     folder.mkdir()
     _, parameters = convert.write_donor(folder, size)
-    layer_parameters = (parameters - EMBEDDED * convert.SIZES[size]["hidden_size"]) // depth
+    embedding_parameters = EMBEDDED * convert.SIZES[size]["hidden_size"]
+    layer_parameters = (parameters - embedding_parameters) // depth
     return {
         "layers": depth,
         "parameters": parameters,
         "layer_bytes_bfloat16": 2 * layer_parameters,
         "layer_bytes_float32": 4 * layer_parameters,
+        "embedding_bytes_float32": 2 * embedding_parameters,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=("1.3b", "7b"), default="1.3b")
     parser.add_argument("--depths", default="2,4", help="the deepest is also loaded whole")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="where to put donors and outputs; a temporary folder by default")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "calibration_memory.json")
+    parser.add_argument("--output", type=Path, help="benchmarks/results/calibration_memory_<size>.json by default")
     asked = parser.parse_args()
     depths = sorted(int(depth) for depth in asked.depths.split(","))
     ways = []
@@ -65,16 +67,23 @@ def main() -> None:
         imports = convert.run_way(convert.WAYS["import only"], output, output)["peak_anonymous_bytes"]
         for depth in depths:
             donor = Path(scratch) / "donor"
-            facts = donor_of_depth(donor, depth)
+            facts = donor_of_depth(donor, asked.size, depth)
             for whole in (False, True) if depth == depths[-1] else (False,):
                 run = convert.run_way(code_of(asked.tokens, whole), donor, output)
                 run["above_import_bytes"] = run["peak_anonymous_bytes"] - imports
                 ways.append({"loaded": "whole" if whole else "layer by layer"} | facts | run)
                 print(ways[-1], flush=True)
             shutil.rmtree(donor)
-    hidden_bytes = asked.tokens * convert.SIZES["7b"]["hidden_size"] * 4
-    result = {"method": METHOD, "tokens": asked.tokens, "hidden_states_bytes": hidden_bytes, "ways": ways}
-    asked.output.write_text(json.dumps(result | machine() | {"threads": torch.get_num_threads()}, indent=2) + "\n")
+    hidden_bytes = asked.tokens * convert.SIZES[asked.size]["hidden_size"] * 4
+    result = {
+        "size": asked.size,
+        "method": METHOD,
+        "tokens": asked.tokens,
+        "hidden_states_bytes": hidden_bytes,
+        "ways": ways,
+    }
+    output = asked.output or Path(__file__).parent / "results" / f"calibration_memory_{asked.size}.json"
+    output.write_text(json.dumps(result | machine() | {"compute": "float32"}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
