@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_gqa import convert_checkpoint, open_donor
-from hf_gqa.convert import calibration
+from hf_gqa.convert import calibration, heads_on_disk
 from hf_gqa.convert.calibration import calibrate
 from hf_gqa.convert.stored_model import StoredModel, why_loaded_whole
 
@@ -143,3 +144,17 @@ def test_explanation_says_what_is_loaded(tmp_path):
             said
             == ["The donor is loaded whole, to write its own text. Text files take the memory of one layer."] * whole
         )
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    donor = stored("llama", tmp_path / "donor")
+    before = sorted(tmp_path.rglob("*"))
+
+    def fill(tensors, file):
+        Path(file).write_bytes(b"some")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(heads_on_disk, "save_file", fill)
+    with pytest.raises(OSError, match=r"writing failed \(No space left on device\)"):
+        convert_checkpoint(donor, tmp_path / "new" / "one", num_key_value_heads=2, method="fold", calibration=rows())
+    assert sorted(tmp_path.rglob("*")) == before

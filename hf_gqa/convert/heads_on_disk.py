@@ -1,11 +1,12 @@
 """Converted heads that wait in a folder, layer by layer, until a student's files are written."""
 
+import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..weights.attention_weights import AttentionWeights
@@ -23,7 +24,10 @@ class HeadsOnDisk(Mapping[int, AttentionWeights]):
         tensors = {field.name: getattr(heads, field.name) for field in fields(heads)}
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         plain = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in present.items()}
-        save_file(plain, self._file(row_idx))
+        try:
+            save_file(plain, self._file(row_idx))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"writing failed ({error})", str(self._file(row_idx))) from None
         self.rows.append(row_idx)
 
     def __getitem__(self, row_idx: int) -> AttentionWeights:

@@ -17,7 +17,7 @@ from ..convert.donor import Donor, open_donor
 from ..convert.donor_folder import carry_files
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
-from ..convert.surgery import converted_shards
+from ..convert.surgery import converted_shards, head_bytes
 from ..convert.target import Target, choose_target
 from ..progress_bar import progress_bar
 from ..staging import check_output, file_sha256, flush, staged_folder
@@ -73,7 +73,8 @@ def convert_checkpoint(
         donor = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
     check_output(output, overwrite, donor.folder)
     target = choose_target(donor, plan)
-    _check_space(output, explain(donor, plan, target).after["weight_bytes"])
+    waiting_bytes = 0 if calibration is None else head_bytes(donor)
+    _check_space(output, explain(donor, plan, target).after["weight_bytes"] + waiting_bytes)
     with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(2) as pool:
         known = calibrated(donor, plan, target, calibration, scratch=staging / WAITING)
         hashes = None
