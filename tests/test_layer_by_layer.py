@@ -17,8 +17,7 @@ from hf_gqa.convert.stored_model import StoredModel, why_loaded_whole
 
 from .test_bad_input import run_cli
 from .test_calibrated_conversion import rows
-from .test_conformance import every_decoder_storage
-from .tiny_donors import ENCODERS, tiny_donor
+from .tiny_donors import ENCODERS, MODEL_TYPES, of_each_storage, tiny_donor
 
 
 DONOR = Path(__file__).parent.parent / "examples" / "donor"
@@ -38,8 +37,9 @@ def loaded_whole(donor):
     return donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
 
 
-@every_decoder_storage
-@pytest.mark.parametrize("method", [OBSERVING, CLOSED_FORM])
+@pytest.mark.parametrize(
+    ("model_type", "method"), [(name, OBSERVING) for name in of_each_storage(MODEL_TYPES)] + [("llama", CLOSED_FORM)]
+)
 def test_student_is_that_of_the_donor_loaded_whole(model_type, method, tmp_path, monkeypatch):
     donor = stored(model_type, tmp_path / "donor")
     plan = {"num_key_value_heads": 2, "method": method, "calibration": rows()}
