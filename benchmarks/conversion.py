@@ -1,8 +1,8 @@
 """Quality right after conversion, without training, by method and number of KV heads, on text nobody calibrated on.
 
 Run: `python benchmarks/conversion.py DATA [--donors gptstories,prose] [--results FOLDER] [--rounds 1,2] [--only SUBSTRING]`, where DATA
-holds `corpora` and `donors` as benchmarks/uptrain.py reads them; prose_gqa is prose converted to four KV heads by the best method here,
-which is kept in --scratch. Calibration rows are spread over the training text; a seed takes others. Cells that a donor's file in the
+holds `corpora` and `donors` as benchmarks/uptrain.py reads them; prose_gqa and gptstories_gqa are donors converted to four KV heads by the
+best method here, which are kept in --scratch. Calibration rows are spread over the training text; a seed takes others. Cells that a donor's file in the
 folder already holds are skipped. benchmarks/conversion_table.py writes conversion.md of those files.
 
 What is measured on: while the methods were being written, every n-th window of the held-out text was looked at. Those between them,
@@ -67,6 +67,7 @@ ROUNDS = (  # (methods, KV heads, seeds); what the issue of it all is first, wha
     ((BEST,), (2, 4, 1), (1, 2)),
     (
         (
+            "fold (per layer)",
             "group,fold (per layer)",
             "group,fold (per layer, greedy)",
             "fold (keys 4, values 2)",
@@ -197,7 +198,9 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--donors", default="gptstories,prose", help=f"of {', '.join([*DONORS, 'prose_gqa'])}")
+    parser.add_argument(
+        "--donors", default="gptstories,prose", help=f"of {', '.join(DONORS)}; NAME_gqa for a grouped one"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of conversion_<donor>.jsonl")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", default=",".join(str(number + 1) for number in range(len(ROUNDS))))

@@ -9,6 +9,7 @@ DONORS = {
     "prose": "prose-mha (Llama, RoPE, 8 KV heads)",
     "gptstories": "gptstories-280k-mha (GPT-2, learned positions, 8 KV heads)",
     "prose_gqa": "prose-mha converted to 4 KV heads, as a grouped donor (Llama, RoPE)",
+    "gptstories_gqa": "gptstories-280k-mha converted to 4 KV heads, as a grouped donor (a bundle of GPT-2)",
 }
 PER_LAYER = " (per layer)"
 ABOUT = """\
