@@ -35,10 +35,11 @@ def read(donor: str) -> list[dict]:
 
 
 def table(results: list[dict]) -> list[str]:
-    """Of seed 0, the order of the file within each number of heads; other seeds' KL beside."""
+    """Of seed 0, the best last within each number of heads; other seeds' KL beside."""
     lines = ["| KV heads | method | loss | KL | other seeds' KL | top-1 | undone |", "|---|---|---|---|---|---|---|"]
     pooled = {one["num_key_value_heads"]: one for one in results if one["method"] == "mean_pool"}
-    for found in sorted((one for one in results if one["seed"] == 0), key=lambda one: -one["num_key_value_heads"]):
+    of_seed_0 = [one for one in results if one["seed"] == 0]
+    for found in sorted(of_seed_0, key=lambda one: (-one["num_key_value_heads"], -one["kl"])):
         mean, undone = pooled.get(found["num_key_value_heads"]), ""
         if mean is not None:
             undone = f"{1 - (found['loss'] - found['donor_loss']) / (mean['loss'] - mean['donor_loss']):.1%}"
