@@ -39,7 +39,7 @@ class Known:
 
 
 def plain(method: str, known: Known, calibrated: bool = True):
-    if not known.divides:
+    if not known.divides or known.heads >= max(known.donor.num_key_value_heads):
         return None, {}
     calibration = known.calibration if calibrated else None
     if method == "whole projections of low rank":
