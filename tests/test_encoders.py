@@ -106,7 +106,7 @@ def test_fit_of_queries_sees_what_comes_after_a_token(model_type):
     """A sliding layer of ModernBERT hides what is far, on both sides."""
     model = tiny_donor(model_type)
     run = LayerRun(model, donor_from_model(model).layout, ROWS)
-    arguments = [run.attention_arguments(layer_idx, 0, None) for layer_idx in range(NUM_LAYERS)]
+    arguments = [run.attention_arguments(layer_idx, run.layer(layer_idx), 0, None) for layer_idx in range(NUM_LAYERS)]
     assert not arguments[0]["mask_BHLS"].any()
     hidden = arguments[1]["mask_BHLS"][0, 0] == -torch.inf
     assert torch.equal(hidden, hidden.T) and hidden.any() == (model_type == "modernbert")
