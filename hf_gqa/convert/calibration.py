@@ -21,6 +21,7 @@ from ..refusal import Refusal
 from ..staging import staged_file
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics, MomentSum
+from .borrower_fit import fitted_borrowers
 from .donor import Donor
 from .layer_conversion import SequentialConversion
 from .layer_run import LayerRun
@@ -171,8 +172,14 @@ def calibrated(
         model: the donor loaded; by default it is, where that is needed.
 
     Raises:
-        Refusal: the calibration of another donor.
+        Refusal: the calibration of another donor, or none for borrowers that shall be fitted.
     """
+    fits = plan.shared_init == "fit"
+    if calibration is None and fits:
+        raise Refusal(
+            "shared_init = fit: fits borrowers to what the donor computes on text, and there is none. Give --calibration or "
+            "--calibration-tokens (calibration= in Python), or use shared_init = own."
+        )
     if calibration is None:
         return {}
     check_decoder(donor)
@@ -181,11 +188,13 @@ def calibrated(
             f"calibration: was made with another donor than '{donor.name}', whose weights differ. Calibrate this one."
         )
     observes = any(getattr(METHODS.get(name), "observes", False) for name in plan.method)
-    if model is None and (observes or not isinstance(calibration, Calibration)):
+    if model is None and (observes or fits or not isinstance(calibration, Calibration)):
         model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto")
     if not isinstance(calibration, Calibration):
         calibration = calibrate(donor, model, calibration)
     converted = dict(_sequentially_converted(donor, model, plan, target, calibration)) if observes else {}
+    if fits:
+        converted |= fitted_borrowers(donor, model, plan, target, calibration.tokens_NL.long())
     return {"statistics": calibration.statistics, "converted": converted}
 
 

@@ -33,6 +33,7 @@ class LayerRun:
         embedded: what the first layer reads, batch by batch.
     """
 
+    @torch.no_grad()
     def __init__(self, model: PreTrainedModel, layout: AttentionLayout, tokens_NL: torch.Tensor, batch_size: int = 8):
         self.base, self.layout = model.base_model, layout
         self.layers_path = re.match(r"(.*?)\.\{layer_idx\}", layout.attention)[1]
@@ -50,10 +51,10 @@ class LayerRun:
         """A copy; `heads` may have fewer KV heads, which are repeated until there are as many as the donor has."""
         layer = copy.deepcopy(self.base.get_submodule(f"{self.layers_path}.{layer_idx}")).float().eval()
         if heads is not None:
-            put_heads(self.layout, self._attention(layer, layer_idx), heads)
+            put_heads(self.layout, self.attention_in(layer, layer_idx), heads)
         return layer
 
-    def _attention(self, layer: nn.Module, layer_idx: int) -> nn.Module:
+    def attention_in(self, layer: nn.Module, layer_idx: int) -> nn.Module:
         return layer.get_submodule(self.layout.attention.format(layer_idx=layer_idx).split(f".{layer_idx}.", 1)[1])
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class LayerRun:
             picked: numbers of the batches to run; by default all.
         """
         seen = {}
-        attention = self._attention(layer, layer_idx)
+        attention = self.attention_in(layer, layer_idx)
         output = attention.get_submodule(self.layout.output)
 
         def before(module, args, kwargs):
@@ -126,6 +127,14 @@ def put_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWei
     repeated = heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
     for name, tensor in write_heads(layout, repeated).items():
         attention.get_parameter(name).data.copy_(tensor)
+
+
+def put_owned_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWeights) -> None:
+    """Overwrite those of the heads' tensors that an attention has; it may borrow the others."""
+    owned = dict(attention.named_parameters())
+    for name, tensor in write_heads(layout, heads).items():
+        if name in owned:
+            owned[name].data.copy_(tensor)
 
 
 def _turns_of(attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:

@@ -23,6 +23,7 @@ class AttentionRows:
 
     Args:
         donor_BLE, student_BLE: inputs of the attention.
+        lender_BLE: what the student's keys are projected from, where that is not `student_BLE`.
         mask_BHLS: added to scores, minus infinity for tokens that are not seen; broadcasts.
         scaling: of the scores.
         rotation: of queries and keys; None for none.
@@ -35,6 +36,7 @@ class AttentionRows:
     scaling: float
     rotation: Rotation | None = None
     turn_BLP: torch.Tensor | None = None
+    lender_BLE: torch.Tensor | None = None
 
 
 def fitted_queries(
@@ -81,7 +83,8 @@ class _Batch:
         copies = donor.num_attention_heads // donor.num_key_value_heads
         self.target = query @ key.repeat_interleave(copies, dim=1).mT * rows.scaling
         self.attention = (self.target + rows.mask_BHLS).softmax(-1)
-        key = self._rotated(_projected(heads.key_KDE, heads.key_bias_KD, ours))
+        keyed = ours if rows.lender_BLE is None else _with_one(rows.lender_BLE)
+        key = self._rotated(_projected(heads.key_KDE, heads.key_bias_KD, keyed))
         self.key = key.repeat_interleave(self.copies, dim=1) * rows.scaling
         self.inputs_BLF = ours[..., :width]
 
