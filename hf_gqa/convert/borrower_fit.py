@@ -153,7 +153,9 @@ class BorrowerFit:
         )
         return LentKeys(own, lender, LentMoments.of(own_NE, lent_NE), rotation)
 
-    def _best_order(self, layer_idx: int, layer: nn.Module, placed, own: AttentionWeights, wanted: _Wanted) -> list[int]:
+    def _best_order(
+        self, layer_idx: int, layer: nn.Module, placed, own: AttentionWeights, wanted: _Wanted
+    ) -> list[int]:
         """Which group of query heads stands at each place, tried out: turned once around, every group meets every lent head.
 
         What a group is worth at a place is how much of what it gave in the donor a least-squares fit of its output block
