@@ -195,7 +195,9 @@ class SharingBench(Bench):
 def grid(bench: SharingBench) -> Iterator[SharingCell]:
     """Of students that are uptrained, in order of what is wanted first."""
     picked = {pattern: chosen(read(bench.output), pattern) for pattern in BORROWED}
-    every, middle = range(1, bench.layers), (bench.layers // 2, bench.layers - 2)
+    quarter, half, most = (
+        max(1, int(share * bench.layers)) for share in (0.25, 0.5, 0.8)
+    )  # 1, 2, 4 of 5; 1, 3, 4 of 6
 
     def cells(numbers, shares=(0.01,), seeds=(0,), heads=(8,), chooser="kl", inits=("own", "fit")):
         for seed in seeds:
@@ -217,36 +219,38 @@ def grid(bench: SharingBench) -> Iterator[SharingCell]:
                                     shared_init=init,
                                 )
 
-    yield from cells(middle)
-    yield from cells(middle, heads=(2,))
-    yield from cells(every)
-    yield from cells(middle, chooser="echoatt", inits=("own",))
-    yield from cells(every, heads=(2,))
-    yield from cells(every, chooser="echoatt")
-    yield from cells(middle, seeds=(1, 2))
-    yield from cells(middle, shares=(0.05,))
-    yield from cells(middle, shares=(0.05,), chooser="echoatt")
+    yield from cells((half, most, quarter))
+    yield from cells((half, most, quarter), heads=(2,))
+    yield from cells((half, quarter), chooser="echoatt")
+    yield from cells((half, most), seeds=(1, 2))
+    yield from cells((half, most), shares=(0.05,))
+    yield from cells(range(1, bench.layers))
+    yield from cells(range(1, bench.layers), heads=(2,))
 
 
 def untrained_grid(bench: SharingBench) -> Iterator[SharingCell]:
-    """Each layer alone, what KL and similarity choose, with all heads and with two: every way to begin."""
-    for pattern in BORROWED:
-        picked = chosen(read(bench.output), pattern)
-        alone = [(layer,) for layer in range(1, bench.layers)]
-        sets = {8: [*alone, *picked["kl"].values(), *picked["echoatt"].values()], 2: [(), *picked["kl"].values()]}
-        for heads, layers in sets.items():
-            for shared in dict.fromkeys(layers):
-                for init in INITS[pattern] if shared else ("own",):
-                    yield SharingCell(
-                        objective="none",
-                        budget_fraction=0.0,
-                        num_key_value_heads=heads,
-                        seed=0,
-                        method=GROUPED,
-                        pattern=pattern,
-                        shared_layers=shared,
-                        shared_init=init,
-                    )
+    """What KL chooses, with all heads and with two; each layer alone; what similarity chooses: every way to begin."""
+    picked = {pattern: chosen(read(bench.output), pattern) for pattern in BORROWED}
+    alone = [(layer,) for layer in range(1, bench.layers)]
+    wanted = [
+        *((8, pattern, layers) for pattern in BORROWED for layers in picked[pattern]["kl"].values()),
+        (2, "echo", ()),
+        *((2, pattern, layers) for pattern in BORROWED for layers in picked[pattern]["kl"].values()),
+        *((8, pattern, layers) for pattern in BORROWED for layers in alone),
+        *((8, pattern, layers) for pattern in BORROWED for layers in picked[pattern]["echoatt"].values()),
+    ]
+    for heads, pattern, layers in dict.fromkeys(wanted):
+        for init in INITS[pattern] if layers else ("own",):
+            yield SharingCell(
+                objective="none",
+                budget_fraction=0.0,
+                num_key_value_heads=heads,
+                seed=0,
+                method=GROUPED,
+                pattern=pattern,
+                shared_layers=layers,
+                shared_init=init,
+            )
 
 
 def main() -> None:
@@ -254,7 +258,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--donor", choices=DONORS, default="prose")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", default="", help="uptrain only cells whose name holds this")
+    parser.add_argument("--only", default="", help="only students whose cell's name holds this")
     parser.add_argument("--no-uptraining", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -268,7 +272,8 @@ def main() -> None:
         bench = SharingBench(asked.donor, asked.data, output)
         bench.analysis()
         for cell in untrained_grid(bench):
-            bench.once(f"{cell.way} untrained", lambda cell=cell: bench.untrained(cell))
+            if asked.only in f"{cell.way} untrained":
+                bench.once(f"{cell.way} untrained", lambda cell=cell: bench.untrained(cell))
         for cell in () if asked.no_uptraining else grid(bench):
             if asked.only in cell.name:
                 bench.once(cell.name, lambda cell=cell: bench.uptrained(cell))

@@ -29,7 +29,7 @@ from .surgery import layer_heads
 from .target import Target
 
 
-OUTPUT_RIDGE, QUERY_RIDGE, ITERATIONS = 1e-3, 1e-4, 8
+OUTPUT_RIDGE, QUERY_RIDGE, ITERATIONS, ALIKE_FRACTION = 1e-3, 1e-4, 8, 0.5
 
 
 def fitted_borrowers(
@@ -215,7 +215,7 @@ class BorrowerFit:
         whole = own.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
         whole = whole.reordered([group * members + member for group in order for member in range(members)])
         reading = replace(heads, key_KDE=lender.key_KDE, key_bias_KD=lender.key_bias_KD)
-        query_HDE, query_bias_HD = fitted_queries(reading, whole, rows, ITERATIONS, QUERY_RIDGE)
+        query_HDE, query_bias_HD = fitted_queries(reading, whole, rows, ITERATIONS, QUERY_RIDGE, ALIKE_FRACTION)
         return replace(heads, query_HDE=query_HDE, query_bias_HD=query_bias_HD)
 
     def _rotation(self, layer_idx: int):
