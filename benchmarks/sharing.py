@@ -1,6 +1,6 @@
 """Quality against the fraction of layers that share: which layers to choose, and what uptraining leaves of the damage.
 
-Run: `python benchmarks/sharing.py DATA --donor prose|gptstories [--output FILE] [--only SUBSTRING]`, where DATA holds `corpora` and `donors`
+Run: `python benchmarks/sharing.py DATA --donor prose|gptstories [--output FILE] [--only SUBSTRING ...]`, where DATA holds `corpora` and `donors`
 as benchmarks/uptrain.py reads them. Layers are chosen on training text (how alike attention is, what each pair costs), and every set of
 borrowers that there is is measured on held-out text, so that each choice is seen beside the best one. Then students are made of some choices, with all their
 heads and with grouped ones, by every way to begin (own, mean, fit), and measured on the same held-out text; none of them was trained. Then some are uptrained, as in
@@ -258,7 +258,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--donor", choices=DONORS, default="prose")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", default="", help="only students whose cell's name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="students whose cell's name holds the first, the second, ..."
+    )
     parser.add_argument("--no-uptraining", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -271,12 +273,13 @@ def main() -> None:
         logging.disable_progress_bar()
         bench = SharingBench(asked.donor, asked.data, output)
         bench.analysis()
-        for cell in untrained_grid(bench):
-            if asked.only in f"{cell.way} untrained":
-                bench.once(f"{cell.way} untrained", lambda cell=cell: bench.untrained(cell))
-        for cell in () if asked.no_uptraining else grid(bench):
-            if asked.only in cell.name:
-                bench.once(cell.name, lambda cell=cell: bench.uptrained(cell))
+        for wanted in asked.only:
+            for cell in untrained_grid(bench):
+                if wanted in f"{cell.way} untrained":
+                    bench.once(f"{cell.way} untrained", lambda cell=cell: bench.untrained(cell))
+            for cell in () if asked.no_uptraining else grid(bench):
+                if wanted in cell.name:
+                    bench.once(cell.name, lambda cell=cell: bench.uptrained(cell))
     results = read(output)
     if asked.plot is not None:
         plot(results, asked.plot)

@@ -5,6 +5,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_gqa import Refusal, convert, convert_checkpoint
 from hf_gqa.convert.donor import donor_from_model
@@ -120,6 +121,16 @@ def test_on_disk_as_in_memory(plan, tmp_path):
     donor.save_pretrained(tmp_path / "donor")
     convert_checkpoint(tmp_path / "donor", tmp_path / "student", **PLANS[plan], shared_init="fit", calibration=rows())
     assert_same_student(tmp_path / "student", fitted(donor, plan))
+
+
+def test_experts_stored_one_by_one_are_no_obstacle(tmp_path):
+    donor = deep_donor("mixtral")
+    donor.save_pretrained(tmp_path / "donor")
+    convert_checkpoint(
+        tmp_path / "donor", tmp_path / "student", **PLANS["cross"], shared_init="fit", calibration=rows()
+    )
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(logits_of(student), logits_of(fitted(donor, "cross")))
 
 
 def test_the_same_text_gives_the_same_student():

@@ -21,12 +21,12 @@ from ..weights.output_moments import OutputMomentSum, explained_power, fitted_ou
 from ..weights.query_fit import AttentionRows, fitted_queries
 from ..weights.rotation import rotation_of
 from .assembled import assembled_student
-from .donor import Donor
+from .donor import Donor, donor_from_model
 from .layer_conversion import SCORED_TOKENS, converted_layer
 from .layer_run import Batches, LayerRun, put_owned_heads
 from .plan import ConversionPlan
 from .surgery import layer_heads
-from .target import Target
+from .target import Target, choose_target
 
 
 OUTPUT_RIDGE, QUERY_RIDGE, ITERATIONS, ALIKE_FRACTION = 1e-3, 1e-4, 8, 0.5
@@ -41,7 +41,9 @@ def fitted_borrowers(
         model: the donor loaded; a whole student is held beside it.
         tokens_NL: rows to fit on.
     """
-    student = assembled_student(donor, replace(plan, shared_init="own"), target, {}, model.dtype, None)
+    begins = replace(plan, shared_init="own")
+    loaded = donor_from_model(model)  # some are stored under names that no class has
+    student = assembled_student(loaded, begins, choose_target(loaded, begins), {}, model.dtype, None)
     fit = BorrowerFit(donor, model, student, target, tokens_NL)
     found = {}
     with progress_bar("Fitting", len(target.rows), "layer") as bar:
@@ -95,9 +97,12 @@ class BorrowerFit:
             heads = self._fitted(layer_idx, layer, own, heads, wanted)
             self._put(layer_idx, layer, heads)
         inputs = {}
-        self.student_hidden = self.student_run.outputs(
-            layer_idx, layer, self.student_hidden, lambda number, seen: inputs.update({number: seen["inputs"]})
-        )
+
+        def keep(number: int, seen: dict) -> None:
+            if number in self.picked:
+                inputs[number] = seen["inputs"]
+
+        self.student_hidden = self.student_run.outputs(layer_idx, layer, self.student_hidden, keep)
         self._keep_what_is_lent(layer_idx, heads, inputs)
         return heads
 
@@ -228,7 +233,7 @@ class BorrowerFit:
         """For layers above that borrow, and no longer."""
         later = self.rows[layer_idx + 1 :]
         if any(row.key_from == layer_idx for row in later):
-            self.lenders[layer_idx] = heads, {number: inputs[number] for number in self.picked}
+            self.lenders[layer_idx] = heads, inputs
         for lender in [n for n in self.lenders if all(row.key_from != n for row in later)]:
             del self.lenders[lender]
         used = {getattr(row, column) for row in later for column in ("query_from", "key_from", "value_from")}
