@@ -1,11 +1,12 @@
 """Most memory that decoding takes, against weights and cache; and how many sequences fit where the weights leave room.
 
 Run: `python benchmarks/decode_memory.py [--output FILE.json]`; beside the JSON it writes the same as Markdown. Linux. Each cell is a process of its own:
-a Llama of random weights, a cache filled in pieces so that no prompt is larger than the steps that follow, then decoding. What the process
+a Llama of random weights, a cache filled without a prompt, then decoding. What the process
 had before the model is taken off; the peak is what the kernel saw (VmHWM), from after the cache was filled to the end.
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from hf_gqa.human_units import human_bytes
 
 
 MODEL = {"num_hidden_layers": 6, "hidden_size": 2048, "num_attention_heads": 32, "intermediate_size": 5632}
-KV_HEADS, CONTEXT, STEPS, PIECE = (32, 8, 4, 1), 2048, 16, 16
+KV_HEADS, CONTEXT, STEPS = (32, 8, 4, 1), 2048, 16
 MEMORY_BYTES = 1 << 30
 IN_A_PROCESS = "import json, sys, decode_memory; print(json.dumps(decode_memory.decode(**json.loads(sys.argv[1]))))"
 
@@ -48,10 +49,14 @@ def decode(kv_heads: int, batch: int, cache: str, attention: str, context: int =
     kept = (
         DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=context + STEPS)
     )
-    for begin in range(0, context, PIECE):
-        model(torch.ones(batch, min(PIECE, context - begin), dtype=torch.long), past_key_values=kept, use_cache=True)
+    for layer_idx in range(config.num_hidden_layers):
+        states = torch.zeros(batch, kv_heads, context, config.head_dim)
+        kept.update(states, states, layer_idx)
+        del states
+    model(torch.ones(batch, 1, dtype=torch.long), past_key_values=kept, use_cache=True)  # what is allocated once
+    ctypes.CDLL(None).malloc_trim(0)  # what filling has left free
     Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(STEPS):
+    for _ in range(STEPS - 1):
         model(torch.ones(batch, 1, dtype=torch.long), past_key_values=kept, use_cache=True)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)

@@ -8,7 +8,7 @@ from hf_gqa.evaluate.report import Continuation, Embeddings, EncodingSpeed, Inte
 from .sample_report import sample_report
 
 
-NOTHING = {"by_context": (), "retrieval": (), "tasks": (), "capacity": ()}
+NOTHING = {"by_context": (), "retrieval": (), "tasks": ()}
 NO_CACHE = {f"cache_bytes_per_token_{name}": None for name in ("computed", "measured", "beyond_window")}
 
 
@@ -64,6 +64,7 @@ def masked_report() -> Report:
     return replace(
         report,
         **NOTHING,
+        capacity=(),
         kind="masked_lm",
         donor=replace(report.donor, **kind),
         student=replace(report.student, **kind),

@@ -47,7 +47,6 @@ FAMILIES = [m for m in MODEL_TYPES if load_family(m).donor_layout.passes_keyword
 CASES = [(m, plan) for m in FAMILIES for plan in PLANS if m in WHOLE or plan in ("mixed", "albert")]
 CASES += [(m, "albert") for m in MODEL_TYPES if m not in FAMILIES]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
-every_case = pytest.mark.parametrize(("model_type", "plan"), CASES)
 of_each_storage_a_case = pytest.mark.parametrize(
     ("model_type", "plan"), [(m, plan) for m, plan in CASES if m in (*WHOLE, *of_each_storage(MODEL_TYPES))]
 )

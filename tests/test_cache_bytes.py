@@ -23,6 +23,7 @@ from hf_gqa.convert.cache_bytes import (
 )
 from hf_gqa.convert.families import load_family
 
+from .covering import each_value
 from .tiny_donors import MODEL_TYPES, NUM_LAYERS, tiny_config, tiny_donor
 
 
@@ -53,10 +54,9 @@ def offloading_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("offloading_without_a_gpu")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [4, 16])  # inside the window and beyond
-@pytest.mark.parametrize("which", MODELS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@each_value(
+    model_type=MODEL_TYPES, which=MODELS, num_tokens=[4, 16], dtype=[torch.float32, torch.bfloat16]
+)  # inside the window and beyond
 def test_measured_equals_computed_for_every_class(model_type, which, num_tokens, dtype):
     model = MODELS[which](tiny_donor(model_type)).to(dtype)
     heads = key_value_heads(model.config)

@@ -24,6 +24,7 @@ from hf_gqa.weights.head_tensors import write_heads
 from hf_gqa.weights.mixable_blocks import from_blocks, to_blocks
 from hf_gqa.weights.rotation import rotation_of
 
+from .covering import each_value
 from .test_bad_input import assert_one_message, run_cli
 from .test_conformance import assert_close_for_float32, every_decoder_storage, every_family, grouped_donor, logits_of
 from .tiny_donors import MODEL_TYPES, VOCAB_SIZE, tiny_donor
@@ -113,11 +114,9 @@ def test_statistics_are_those_of_the_inputs(model_type):
         assert statistics.tokens == rows().numel()
 
 
-@every_family
-@pytest.mark.parametrize("name", ["group", "align"])
-@pytest.mark.parametrize("known", [True, False], ids=["text", "weights_alone"])
-@pytest.mark.parametrize("heads, groups", [(4, 2), (2, 1)])
-def test_rearranging_keeps_the_logits(model_type, name, known, heads, groups):
+@each_value(model_type=MODEL_TYPES, name=["group", "align"], known=[True, False], counts=[(4, 2), (2, 1)])
+def test_rearranging_keeps_the_logits(model_type, name, known, counts):
+    heads, groups = counts
     if name == "group" and load_family(model_type).donor_layout.head_positions == "always":
         pytest.skip("is refused")
     donor = grouped_donor(model_type, heads) if heads < 4 else tiny_donor(model_type)
@@ -128,9 +127,7 @@ def test_rearranging_keeps_the_logits(model_type, name, known, heads, groups):
         assert not all(map(torch.equal, changed.state_dict().values(), donor.state_dict().values()))
 
 
-@plain_family
-@pytest.mark.parametrize("groups", [2, 1])
-@pytest.mark.parametrize("known", [True, False], ids=["text", "weights_alone"])
+@each_value(model_type=PLAIN, groups=[2, 1], known=[True, False])
 def test_fold_is_exact_where_heads_differ_by_what_it_can_undo(model_type, groups, known):
     donor = alike_donor(model_type, groups)
     expected, text = logits_of(donor), rows() if known else None

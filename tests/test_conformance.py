@@ -10,6 +10,7 @@ from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 from hf_gqa.methods import HEAD_COUNT_KINDS, METHODS, method_kind
 
+from .covering import each_pair, each_value
 from .tiny_donors import (
     ALL_MODEL_TYPES,
     ENCODERS,
@@ -25,6 +26,8 @@ from .tiny_donors import (
 
 EXPORTS = ("auto", "bundle")
 ATTENTIONS = ("sdpa", "eager")
+DTYPES = (torch.float32, torch.bfloat16)
+FEW_AND_MANY = ((2, 4), (1, 4), (1, 2))
 HEAD_COUNT_METHODS = [name for name in METHODS.names() if method_kind(name) in HEAD_COUNT_KINDS]
 DROPOUTS = (
     "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob",
@@ -33,17 +36,22 @@ DROPOUTS = (
 )  # fmt: skip
 NO_DROPOUT = ("mpt",)  # its configuration takes whole numbers only
 
+
+def has_native_gqa(model_type: str) -> bool:
+    return load_family(model_type).donor_layout.key_value_heads_field is not None
+
+
 every_model = pytest.mark.parametrize("model_type", ALL_MODEL_TYPES)
 every_family = pytest.mark.parametrize("model_type", MODEL_TYPES)  # of causal language models
 some_families = pytest.mark.parametrize("model_type", SOME_MODEL_TYPES)
 every_storage = pytest.mark.parametrize("model_type", of_each_storage(ALL_MODEL_TYPES))
 every_decoder_storage = pytest.mark.parametrize("model_type", of_each_storage(MODEL_TYPES))
+every_student = pytest.mark.parametrize(  # once where both exports make a bundle
+    ("model_type", "export"),
+    [(name, export) for name in MODEL_TYPES for export in EXPORTS if export == "bundle" or has_native_gqa(name)],
+)
 every_export = pytest.mark.parametrize("export", EXPORTS)
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
-
-
-def has_native_gqa(model_type: str) -> bool:
-    return load_family(model_type).donor_layout.key_value_heads_field is not None
 
 
 def grouped_donor(model_type: str, num_key_value_heads: int = 2, seed: int = 0, **changes) -> PreTrainedModel:
@@ -95,11 +103,7 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
         assert torch.equal(found[name], tensor), name
 
 
-@every_model
-@every_export
-@every_attention
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("num_key_value_heads", [4, 2])
+@each_pair(model_type=ALL_MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS, dtype=DTYPES, num_key_value_heads=[4, 2])
 def test_identity_plan_changes_no_bit(model_type, export, attention, dtype, num_key_value_heads):
     donor = grouped_donor(model_type, 2) if num_key_value_heads == 2 else tiny_donor(model_type)
     if dtype == torch.bfloat16:
@@ -114,9 +118,7 @@ def test_identity_plan_changes_no_bit(model_type, export, attention, dtype, num_
         assert torch.equal(logits_of(student, padded), logits_of(donor, padded))
 
 
-@every_model
-@every_export
-@pytest.mark.parametrize("method", HEAD_COUNT_METHODS)
+@each_value(model_type=of_each_storage(ALL_MODEL_TYPES), export=EXPORTS, method=HEAD_COUNT_METHODS)
 def test_identity_plan_is_identity_for_every_method(model_type, export, method):
     donor = tiny_donor(model_type)
     student = convert(donor, num_key_value_heads=NUM_ATTENTION_HEADS, export=export, method=method, seed=3)
@@ -139,9 +141,7 @@ def test_identity_plan_keeps_attention_weights_and_hidden_states(model_type, exp
     assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
 
 
-@every_model
-@every_export
-@every_attention
+@each_value(model_type=ALL_MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS)
 def test_identity_plan_drops_out_as_the_donor_does(model_type, export, attention):
     donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, 0.3))
     use_attention(donor, attention)
@@ -169,11 +169,9 @@ def test_bundle_becomes_native_again_bit_for_bit(model_type, attention):
     assert torch.equal(logits_of(native, padded=True), logits_of(donor, padded=True))
 
 
-@every_model
-@every_export
-@pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_mean_pool_undoes_expand_bit_for_bit(model_type, export, few, many, dtype):
+@each_value(model_type=ALL_MODEL_TYPES, export=EXPORTS, heads=FEW_AND_MANY, dtype=DTYPES)
+def test_mean_pool_undoes_expand_bit_for_bit(model_type, export, heads, dtype):
+    few, many = heads
     donor = grouped_donor(model_type, few)
     if dtype == torch.bfloat16:
         donor = in_bfloat16(donor)
@@ -184,11 +182,9 @@ def test_mean_pool_undoes_expand_bit_for_bit(model_type, export, few, many, dtyp
     assert_same_tensors(pooled.state_dict(), donor.state_dict())
 
 
-@every_model
-@every_export
-@every_attention
-@pytest.mark.parametrize("few, many", [(2, 4), (1, 4), (1, 2)])
-def test_expand_keeps_logits(model_type, export, attention, few, many):
+@each_value(model_type=ALL_MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS, heads=FEW_AND_MANY)
+def test_expand_keeps_logits(model_type, export, attention, heads):
+    few, many = heads
     donor = grouped_donor(model_type, few)
     use_attention(donor, attention)
     expanded = convert(donor, num_key_value_heads=many, method="expand", export=export)

@@ -5,14 +5,21 @@ The sliding windows of the tiny donors are 6 long, the sequences 20 and more.
 
 import functools
 
-import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from hf_gqa import convert
 
-from .test_conformance import ATTENTIONS, assert_close_for_float32, every_export, every_family, logits_of
-from .tiny_donors import tiny_donor, tokens_and_mask, use_attention
+from .covering import each_pair, each_value
+from .test_conformance import (
+    ATTENTIONS,
+    EXPORTS,
+    assert_close_for_float32,
+    every_family,
+    every_student,
+    logits_of,
+)
+from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask, use_attention
 
 
 # prefill beyond the window, a chunk of several tokens, then token by token
@@ -73,19 +80,15 @@ def assert_same_generation(found, expected) -> None:
     assert_close_for_float32(torch.stack(found.logits), torch.stack(expected.logits))
 
 
-@every_family
-@every_export
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("num_key_value_heads", [2, 1])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@each_pair(
+    model_type=MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS, num_key_value_heads=[2, 1], kind=["dynamic", "static"]
+)
 def test_cached_steps_equal_uncached_forward(model_type, export, attention, num_key_value_heads, kind):
     student = student_of(model_type, export, num_key_value_heads, attention=attention)
     assert_cached_equals_uncached(student, kind)
 
 
-@every_family
-@every_export
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@each_value(model_type=MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS)
 def test_greedy_generation_is_the_same_without_a_cache(model_type, export, attention):
     student = student_of(model_type, export, attention=attention)
     expected = generate(student, use_cache=False)
@@ -94,8 +97,7 @@ def test_greedy_generation_is_the_same_without_a_cache(model_type, export, atten
     assert_same_generation(generate(student, use_cache=True, **static), expected)
 
 
-@every_family
-@every_export
+@every_student
 def test_beam_search_is_the_same_without_a_cache(model_type, export):
     student = student_of(model_type, export)
     cached, uncached = (
@@ -105,8 +107,7 @@ def test_beam_search_is_the_same_without_a_cache(model_type, export):
     assert_close_for_float32(cached.sequences_scores, uncached.sequences_scores)
 
 
-@every_family
-@every_export
+@every_student
 def test_sampling_is_the_same_without_a_cache(model_type, export):
     student = student_of(model_type, export)
     sampled = []
@@ -116,8 +117,7 @@ def test_sampling_is_the_same_without_a_cache(model_type, export):
     assert_same_generation(*sampled)
 
 
-@every_family
-@every_export
+@every_student
 def test_assisted_generation_equals_greedy(model_type, export):
     """With an assistant that disagrees, so that drafts are thrown away, and one that agrees, so that they are kept."""
     student = student_of(model_type, export)

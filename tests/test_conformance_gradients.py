@@ -7,17 +7,18 @@ from transformers import PreTrainedModel
 from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 
+from .covering import each_value
 from .test_conformance import (
     ATTENTIONS,
     DROPOUTS,
+    EXPORTS,
     assert_close_for_float32,
     every_attention,
-    every_export,
     every_model,
     has_native_gqa,
 )
 from .test_conformance_oracle import head_dim, key_norm_views, key_value_views
-from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask, use_attention
+from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, tiny_donor, tokens_and_mask, use_attention
 
 
 def gradients(model: PreTrainedModel, **kwargs) -> dict[str, torch.Tensor]:
@@ -62,10 +63,7 @@ def test_bundle_has_the_gradients_of_the_native_student(model_type, attention, n
         assert_close_for_float32(found[name], expected[name])
 
 
-@every_model
-@every_export
-@every_attention
-@pytest.mark.parametrize("num_key_value_heads", [2, 1])
+@each_value(model_type=ALL_MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS, num_key_value_heads=[2, 1])
 def test_gradient_of_a_head_is_the_sum_over_its_copies(model_type, export, attention, num_key_value_heads):
     """The slow reference: a native donor-sized model, in which every query head has its own copy of its KV head."""
     donor = tiny_donor(model_type)
@@ -78,10 +76,7 @@ def test_gradient_of_a_head_is_the_sum_over_its_copies(model_type, export, atten
         assert_close_for_float32(found[name], gradient.unflatten(0, (num_key_value_heads, -1)).sum(1))
 
 
-@every_model
-@every_export
-@every_attention
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@each_value(model_type=ALL_MODEL_TYPES, export=EXPORTS, attention=ATTENTIONS, dropout=[0.0, 0.2])
 def test_gradient_checkpointing_changes_no_gradient(model_type, export, attention, dropout):
     donor = tiny_donor(model_type, **dict.fromkeys(DROPOUTS, dropout))
     use_attention(donor, attention)

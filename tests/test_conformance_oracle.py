@@ -14,8 +14,10 @@ from hf_gqa import Refusal, convert, convert_checkpoint
 from hf_gqa.methods.mean_pool import MeanPool
 from hf_gqa.runtime.modeling_gqa_gpt2 import GQAGPT2ForCausalLM
 
+from .covering import each_pair, each_value
 from .test_conformance import (
     ATTENTIONS,
+    EXPORTS,
     assert_close_for_float32,
     cached_head_counts,
     every_export,
@@ -203,11 +205,9 @@ def copies_exactly(config: PretrainedConfig) -> bool:
     return type(config)(**config.to_dict()).to_dict() == config.to_dict()
 
 
-@every_model
-@every_export
-@pytest.mark.parametrize("before, after", HEAD_COUNTS)
-@pytest.mark.parametrize("method", ORACLES)
-def test_student_equals_donor_with_overwritten_heads(model_type, export, before, after, method):
+@each_pair(model_type=ALL_MODEL_TYPES, export=EXPORTS, heads=HEAD_COUNTS, method=ORACLES)
+def test_student_equals_donor_with_overwritten_heads(model_type, export, heads, method):
+    before, after = heads
     donor = grouped_donor(model_type, before)
     student = convert(donor, num_key_value_heads=after, export=export, method=method)
     overwrite_groups(donor, after, ORACLES[method])
@@ -233,9 +233,7 @@ def test_student_of_a_configuration_variant_equals_oracle(model_type, changes, e
     assert_same_logits(student, donor)
 
 
-@every_model
-@every_export
-@pytest.mark.parametrize("part", ["key", "value"])
+@each_value(model_type=ALL_MODEL_TYPES, export=EXPORTS, part=["key", "value"])
 def test_oracle_notices_strided_groups_of_one_projection(model_type, export, part, monkeypatch):
     """Mutation: a student whose keys (or values) alone are pooled over every other head must fail the oracle."""
     right = MeanPool.__call__

@@ -102,13 +102,6 @@ def test_peak_memory_is_measured_in_a_fresh_process(made):
     assert peak_memory_bytes(folder / "student", **settings) > 0
 
 
-def test_a_sweep_says_what_it_cannot_compare(made, tmp_path):
-    _, folder = made
-    options = ["--num-key-value-heads", "2", "--text", folder / "text.jsonl"]
-    result = run_cli("sweep", folder / "donor", tmp_path / "sweep", *options)
-    assert_one_message(result, 2, "sweep:", "compares causal language models", "hf-gqa run")
-
-
 def test_another_kind_than_the_donors_is_refused(made, tmp_path):
     _, folder = made
     arguments = ["--donor", "examples/donor", "--text", folder / "text.jsonl", "--output-dir", tmp_path / "report"]

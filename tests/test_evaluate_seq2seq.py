@@ -211,7 +211,7 @@ def test_the_whole_report(text, monkeypatch):
     )
     assert len(report.rouge) == 3 and report.continuations[0].reference in ROWS[1]["target"]
     assert report.donor.num_hidden_layers == 2 and report.donor.encoder_num_key_value_heads == (4, 4, 4)
-    assert report.retrieval == report.capacity == report.by_context == () and report.embeddings is None
+    assert report.retrieval == report.by_context == () and report.embeddings is None
     assert Report.from_dict(json.loads(report.to_json())) == report
     assert evaluation_of(monkeypatch, pair, text=(str(text),), **FAST).run() == report
 
@@ -223,6 +223,8 @@ def test_speed_and_fewer_rouge_pairs(text, monkeypatch):
     few = {"speed": True, "speed_batch_sizes": (2,), "decode_tokens": 3, "repetitions": 3, "rouge_pairs": 2}
     report = evaluation_of(monkeypatch, pair, text=(str(text),), **FAST | few).run()
     assert [(row.batch_size, row.context_tokens) for row in report.speed] == [(2, 16), (2, 64)]
+    assert [(row.memory_bytes, row.batch_size) for row in report.capacity] == [(24 * 10**9, 2)]
+    assert report.capacity[0].student_context_tokens == report.capacity[0].donor_context_tokens > 1000
     assert all(row.donor_decode_tokens_per_second > 0 and row.allowed_decode_speedup == 1 for row in report.speed)
     assert not any("Latin" in note for note in report.notes)
     assert report.rouge[0].pairs == 2 and "ROUGE is of 2 of the 10 pairs, evenly spread (rouge_pairs)." in report.notes

@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hf_gqa
 from hf_gqa.runtime.grouped_attention import grouped_sdpa
 
-from .test_conformance import assert_close_for_float32, every_decoder_storage, every_family, logits_of
+from .covering import each_value
+from .test_conformance import EXPORTS, assert_close_for_float32, every_decoder_storage, every_family, logits_of
 from .test_conformance_decoding import (
     CHUNKS,
     VARIED,
@@ -33,11 +34,10 @@ from .test_conformance_decoding import (
     student_of,
 )
 from .test_grouped_attention import Allocations, expanded
-from .tiny_donors import tiny_donor, tokens_and_mask
+from .tiny_donors import MODEL_TYPES, of_each_storage, tiny_donor, tokens_and_mask
 
 
 NAME = "grouped_sdpa"
-every_export = pytest.mark.parametrize("export", ["auto", "bundle"])
 TINY = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -104,9 +104,7 @@ GENERATIONS = {
 }
 
 
-@every_decoder_storage
-@every_export
-@pytest.mark.parametrize("way", GENERATIONS)
+@each_value(model_type=of_each_storage(MODEL_TYPES), export=EXPORTS, way=GENERATIONS)
 def test_student_generates_the_same(model_type, export, way):
     student = student_of(model_type, export)
     ours, stock = both_ways(student, lambda model: generate(model, **GENERATIONS[way]))

@@ -16,7 +16,9 @@ from hf_gqa.convert.families import load_family
 from hf_gqa.methods import METHODS, method_kind
 from hf_gqa.runtime.modeling_gqa_gpt2 import GQAGPT2ForCausalLM
 
+from .covering import each_value
 from .test_conformance import (
+    EXPORTS,
     HEAD_COUNT_METHODS,
     assert_same_tensors,
     every_decoder_storage,
@@ -28,7 +30,7 @@ from .test_conformance import (
     in_bfloat16,
     logits_of,
 )
-from .tiny_donors import MODEL_TYPES, default_head, tiny_donor
+from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, default_head, of_each_storage, tiny_donor
 
 
 INDEX = "model.safetensors.index.json"
@@ -86,9 +88,7 @@ def assert_attention_is_spread(folder: Path) -> None:
     assert len({file for name, file in stored(folder).items() if heads.search(name)}) > 1
 
 
-@every_storage
-@every_export
-@pytest.mark.parametrize("method", HEAD_COUNT_METHODS)
+@each_value(model_type=of_each_storage(ALL_MODEL_TYPES), export=EXPORTS, method=HEAD_COUNT_METHODS)
 def test_every_method(model_type, export, method, tmp_path):
     needs_linear_scores = getattr(METHODS.get(method), "needs_linear_scores", False)
     if needs_linear_scores and load_family(model_type).donor_layout.query_norm is not None:
@@ -103,10 +103,12 @@ def test_every_method(model_type, export, method, tmp_path):
     assert not torch.equal(logits_of(student), logits_of(donor)) or method_kind(method) == "expand"
 
 
-@every_storage
-@every_export
-@pytest.mark.parametrize("max_shard_size", [ONE_TENSOR_EACH, SEVERAL_EACH])
-@pytest.mark.parametrize("num_key_value_heads", [2, 1])
+@each_value(
+    model_type=of_each_storage(ALL_MODEL_TYPES),
+    export=EXPORTS,
+    max_shard_size=[ONE_TENSOR_EACH, SEVERAL_EACH],
+    num_key_value_heads=[2, 1],
+)
 def test_sharded_donor(model_type, export, max_shard_size, num_key_value_heads, tmp_path):
     donor = tiny_donor(model_type)
     folder = written(donor, tmp_path / "donor", max_shard_size=max_shard_size)
@@ -163,9 +165,7 @@ def test_donor_of_several_dtypes_keeps_them(model_type, export, tmp_path):
     assert kept == {name for name in on_disk if "norm" in name or ".ln_" in name} and wide
 
 
-@every_storage
-@every_export
-@pytest.mark.parametrize("max_shard_size", ["1GB", ONE_TENSOR_EACH])
+@each_value(model_type=of_each_storage(ALL_MODEL_TYPES), export=EXPORTS, max_shard_size=["1GB", ONE_TENSOR_EACH])
 def test_donor_saved_from_the_base_model(model_type, export, max_shard_size, tmp_path):
     donor = tiny_donor(model_type, auto_class="AutoModel")
     folder = written(donor, tmp_path / "donor", max_shard_size=max_shard_size)
@@ -195,9 +195,7 @@ def test_head_class_whose_tensors_lack_the_prefix(model_type, export, tmp_path):
     assert not [name for name in stored(tmp_path / "student") if name.endswith(".attn.bias")]
 
 
-@every_decoder_storage
-@every_export
-@pytest.mark.parametrize("num_key_value_heads", [2, 1, 4])
+@each_value(model_type=of_each_storage(MODEL_TYPES), export=EXPORTS, num_key_value_heads=[2, 1, 4])
 def test_bundle_as_donor(model_type, export, num_key_value_heads, tmp_path):
     """A student converted further, into a bundle or back into the native class."""
     donor = convert(tiny_donor(model_type), num_key_value_heads=2, export="bundle")
@@ -208,9 +206,7 @@ def test_bundle_as_donor(model_type, export, num_key_value_heads, tmp_path):
     assert_same_student(tmp_path / "student", convert(donor, **plan))
 
 
-@every_decoder_storage
-@every_export
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@each_value(model_type=of_each_storage(MODEL_TYPES), export=EXPORTS, tied=[True, False])
 def test_embeddings_tied_or_not(model_type, export, tied, tmp_path):
     donor = tiny_donor(model_type, tie_word_embeddings=tied)
     convert_checkpoint(written(donor, tmp_path / "donor"), tmp_path / "student", num_key_value_heads=2, export=export)
@@ -218,10 +214,7 @@ def test_embeddings_tied_or_not(model_type, export, tied, tmp_path):
     assert_same_student(tmp_path / "student", convert(donor, num_key_value_heads=2, export=export))
 
 
-@every_decoder_storage
-@every_export
-@pytest.mark.parametrize("num_key_value_heads", [4, 2])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@each_value(model_type=of_each_storage(MODEL_TYPES), export=EXPORTS, num_key_value_heads=[4, 2], training=[True, False])
 def test_donor_in_memory_is_untouched(model_type, export, num_key_value_heads, training):
     donor = tiny_donor(model_type).train(training)
     before = {name: tensor.clone() for name, tensor in donor.state_dict().items()}

@@ -73,12 +73,12 @@ def test_page_terminal_and_card_show_what_there_is_and_nothing_else(kind, capsys
     print_report(report)
     shown = {"page": page, "terminal": capsys.readouterr().out, "card": card(report)}
     has = {
-        "seq2seq": ("targets", "rougeL", "source", "0.387"),
+        "seq2seq": ("targets", "rougeL", "source, tokens", "0.387"),
         "masked_lm": ("masked tokens", "cosine", "0.9713", "0.8846", "sequences/s"),
         "encoder": ("cosine", "0.9713", "0.8846", "sequences/s"),
     }
     lacks = {
-        "seq2seq": ("cosine", "sequences/s", "Retrieval", "Capacity", "None"),
+        "seq2seq": ("cosine", "sequences/s", "Retrieval", "context that fits", "None"),
         "masked_lm": ("bits per byte", "cache per", "rouge", "Retrieval", "Capacity", "None", "per token)"),
         "encoder": ("bits per byte", "cache per", "erplexity", "KL", "likeliest", "rouge", "None", "nats"),
     }

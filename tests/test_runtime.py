@@ -11,6 +11,7 @@ from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 from hf_gqa.runtime.layer_plan import LayerPlan, check_rows, uniform_rows
 
+from .covering import each_value
 from .test_conformance import (
     ATTENTIONS,
     assert_close_for_float32,
@@ -25,6 +26,8 @@ from .test_conformance import (
 from .test_conformance_decoding import assert_cached_equals_uncached, generate, logits_in_chunks, new_cache
 from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
 from .tiny_donors import (
+    ALL_MODEL_TYPES,
+    MODEL_TYPES,
     NUM_ATTENTION_HEADS,
     default_head,
     tiny_config,
@@ -205,8 +208,7 @@ def test_new_model_ties_its_embeddings_if_asked(model_type, tied):
     assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
 
 
-@every_model
-@pytest.mark.parametrize("heads", [(2, 1), (1, 4), (4, 2)])
+@each_value(model_type=ALL_MODEL_TYPES, heads=[(2, 1), (1, 4)])
 def test_layers_with_different_heads_equal_copied_heads(model_type, heads):
     student = uneven_student(model_type, heads)
     reference = copies_of_heads(student)
@@ -217,9 +219,7 @@ def test_layers_with_different_heads_equal_copied_heads(model_type, heads):
         assert_close_for_float32(logits_of(student, padded=True)[real], logits_of(reference, padded=True)[real])
 
 
-@every_family
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@each_value(model_type=MODEL_TYPES, attention=ATTENTIONS, kind=["dynamic", "static"])
 def test_layers_with_different_heads_decode_from_a_cache(model_type, attention, kind):
     student = uneven_student(model_type)
     use_attention(student, attention)

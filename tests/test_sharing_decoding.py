@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from .sharing_students import every_case, every_family, sharing_student
-from .test_conformance import assert_close_for_float32, every_attention, logits_of
+from .covering import each_value
+from .sharing_students import CASES, every_family, sharing_student
+from .test_conformance import ATTENTIONS, assert_close_for_float32, logits_of
 from .test_conformance_decoding import VARIED, assert_cached_equals_uncached, assert_same_generation, generate
 from .tiny_donors import tokens_and_mask
 
@@ -13,10 +14,9 @@ from .tiny_donors import tokens_and_mask
 UNTIED = {"tie_word_embeddings": False}  # tied embeddings make random models repeat their last token
 
 
-@every_case
-@every_attention
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_cached_steps_equal_uncached_forward(model_type, plan, attention, kind):
+@each_value(case=CASES, attention=ATTENTIONS, kind=["dynamic", "static"])
+def test_cached_steps_equal_uncached_forward(case, attention, kind):
+    model_type, plan = case
     assert_cached_equals_uncached(sharing_student(model_type, plan, attention, **UNTIED), kind)
 
 

@@ -231,5 +231,6 @@ def test_bar_is_shown_on_terminals_only(tmp_path, capsys, monkeypatch):
     sampled(tmp_path / "silent")
     assert "Sampling" not in capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("hf_gqa.progress_bar.are_progress_bars_disabled", lambda: False)  # by a command of another test
     sampled(tmp_path / "shown")
     assert "Sampling: 100%" in capsys.readouterr().err

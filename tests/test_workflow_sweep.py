@@ -17,6 +17,7 @@ from hf_gqa.workflow.sweep_table import SweepTable, with_front
 
 from .test_bad_input import assert_one_message, run_cli
 from .test_workflow_recommend import row
+from .tiny_text_models import tiny_bert, tiny_sentence_bert, tiny_t5, tokenizer_of_kind
 
 
 DONOR = "examples/donor"
@@ -98,6 +99,51 @@ def test_uptraining_and_speed_and_students_kept(tmp_path):
     assert "tokens per second" in (tmp_path / "out" / "sweep.svg").read_text()
 
 
+def folder_of(tmp_path: Path, donor, kind: str) -> Path:
+    donor.save_pretrained(tmp_path / "donor")
+    tokenizer_of_kind(kind).save_pretrained(tmp_path / "donor")
+    return tmp_path / "donor"
+
+
+def test_encoder_decoder_by_the_cache_of_both_its_sides(tmp_path):
+    text = tmp_path / "pairs.jsonl"
+    text.write_text("".join(json.dumps({"source": "so it goes", "target": "it goes"}) + "\n" for _ in range(12)))
+    flags = ["--text", text, "--rouge-pairs", 0, "--no-speed", "--no-peak-memory", "--resamples", 100]
+    donor = folder_of(tmp_path, tiny_t5(), "seq2seq")
+    done = run_cli("sweep", donor, tmp_path / "out", "--num-key-value-heads", "2,1", *flags)
+    assert done.exit_code == 0, done.stderr
+    table = SweepTable.read(tmp_path / "out")
+    assert (
+        table.donor_cache_bytes_per_token == 2 * 2 * 4 * 8 * 4 * 2
+    )  # K and V, layers, heads, head_dim, float32, sides
+    assert [found.cache_fraction for found in table.rows] == [0.5, 0.25]
+    assert all(found.loss_nats_per_token != table.donor_loss_nats_per_token for found in table.rows)
+    (tmp_path / "uptrain.yaml").write_text(f"train_file: [{text}]\nbudget_tokens: 64\n")
+    asked = ["--num-key-value-heads", "2", *flags, "--uptrain", tmp_path / "uptrain.yaml"]
+    refused = run_cli("sweep", donor, tmp_path / "no", *asked)
+    assert_one_message(refused, 2, "causal language models alone are uptrained. Leave --uptrain out.")
+
+
+def test_encoder_by_its_parameters(tmp_path):
+    (tmp_path / "text.txt").write_text("so it goes on and on\n" * 12)
+    flags = ["--text", tmp_path / "text.txt", "--no-speed", "--no-peak-memory", "--resamples", 100]
+    donor = folder_of(tmp_path, tiny_bert(), "masked_lm")
+    done = run_cli("sweep", donor, tmp_path / "out", "--num-key-value-heads", "4,2", *flags)
+    assert done.exit_code == 0, done.stderr
+    assert "parameters" in done.stdout and "no other plan has both fewer parameters and a lower loss" in done.stdout
+    table = SweepTable.read(tmp_path / "out")
+    assert table.donor_cache_bytes_per_token is None and table.rows[0].size == table.donor_parameters
+    assert table.rows[0].kl_nats_per_token == 0 < table.rows[1].kl_nats_per_token
+    assert table.rows[1].size < table.donor_parameters
+    assert "parameters (less is better)" in (tmp_path / "out" / "sweep.svg").read_text()
+
+
+def test_encoder_that_predicts_nothing_is_refused(tmp_path):
+    donor = folder_of(tmp_path, tiny_sentence_bert(), "encoder")
+    done = run_cli("sweep", donor, tmp_path / "out", "--num-key-value-heads", "2", *EVALUATE)
+    assert_one_message(done, 2, "is a BertModel, which predicts no tokens, and the table compares by loss.")
+
+
 @given(points=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=8))
 def test_front_is_what_no_other_beats(points):
     rows = [replace(row(1, loss), cache_bytes_per_token=cache) for cache, loss in points]
@@ -133,5 +179,5 @@ def test_other_folders_and_other_sweeps_are_kept(swept, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 7}'])
 def test_what_is_no_sweep_is_refused(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(Refusal, match=r"(no readable sweep|is no sweep of format 1).* Make one with"):
+    with pytest.raises(Refusal, match=r"(no readable sweep|is no sweep of format 2).* Make one with"):
         SweepTable.read(tmp_path)

@@ -28,7 +28,7 @@ SECTIONS = {
     "tasks, ± standard error": tasks_table,
     "speed": speed_table,
     "speed of reading": encoding_speed_table,
-    "context that fits beside the weights": capacity_table,
+    "tokens that fit beside the weights": capacity_table,
 }
 
 

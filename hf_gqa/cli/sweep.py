@@ -80,20 +80,19 @@ def print_plan(name: str, number: int, plans: int) -> None:
 
 
 def print_table(table: SweepTable) -> None:
-    shown = Table("plan", "cache per token", "loss", "over the donor", "KL", "same top token", "decode", "allowed")
-    blank = [""] * 5
-    shown.add_row(
-        "donor", human_bytes(table.donor_cache_bytes_per_token), f"{table.donor_loss_nats_per_token:.3f}", *blank
-    )
+    cached = table.donor_cache_bytes_per_token is not None
+    size = "cache per token" if cached else "parameters"
+    of_donor = human_bytes(table.donor_cache_bytes_per_token) if cached else f"{table.donor_parameters:,}"
+    shown = Table("plan", size, "loss", "over the donor", "KL", "same top token", "decode", "allowed")
+    shown.add_row("donor", of_donor, f"{table.donor_loss_nats_per_token:.3f}", *[""] * 5)
     for row in table.rows:
         interval = row.loss_difference
         over = f"{row.loss_nats_per_token - table.donor_loss_nats_per_token:+.3f}"
         over += f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval is not None else ""
         speed, allowed = (f"{x:.2f}x" if x else "" for x in (row.decode_speedup, row.allowed_decode_speedup))
-        cache = f"{human_bytes(row.cache_bytes_per_token)} ({row.cache_fraction:.3g})"
         shown.add_row(
             f"{row.plan} {'*' if row.on_front else ''}",
-            cache,
+            f"{human_bytes(row.size)} ({row.cache_fraction:.3g})" if cached else f"{row.size:,}",
             f"{row.loss_nats_per_token:.3f}",
             over,
             f"{row.kl_nats_per_token:.3f}",
@@ -102,4 +101,4 @@ def print_table(table: SweepTable) -> None:
             allowed,
         )
     console().print(shown)
-    console().print("* no other plan has both a smaller cache and a lower loss.")
+    console().print(f"* no other plan has both {'a smaller cache' if cached else 'fewer parameters'} and a lower loss.")

@@ -1,6 +1,7 @@
 """The measurement of encoder-decoders: loss of targets by source length, ROUGE of what is written, cache, speed."""
 
 from dataclasses import replace
+from functools import partial
 
 from ..convert.model_kind import SEQ2SEQ
 from ..convert.student import open_student
@@ -9,11 +10,13 @@ from ..text.pairs import open_pairs
 from .bootstrap import FEWEST_GROUPS
 from .facts import differences, loss_facts
 from .measured import TOKENS_AT_ONCE, Asked, Measured, longest_context, refuse_options, trained_tokens
+from .memory import capacity, parse_memory
 from .padding import evenly_spread
 from .quality import TokenScores
-from .report import Continuation, Rouge, TextFacts
+from .report import Capacity, Continuation, Rouge, TextFacts
 from .rouge import check_rouge, rouge, samples, sources_of, without_words, written
 from .seq2seq_cache import cache_bytes_of_a_token, measured_cache_bytes_of_a_token, seq2seq_heads
+from .seq2seq_memory import source_that_fits
 from .seq2seq_pairs import Seq2SeqText, read_seq2seq_text
 from .seq2seq_quality import by_source_length, score_pairs
 from .seq2seq_speed import SEQ2SEQ_DECODING, check_seq2seq_speed, position_limits
@@ -76,6 +79,7 @@ class Seq2SeqMeasurement:
                 "by_source_length": by_source_length(scores, bootstrap),
                 "rouge": rouges,
                 "speed": speed,
+                "capacity": self._capacity(),
                 "continuations": written_samples,
             },
             text=self._text_facts(scores),
@@ -120,6 +124,15 @@ class Seq2SeqMeasurement:
                 way=SEQ2SEQ_DECODING,
                 progress=lambda point: bar.update(),
             )
+
+    def _capacity(self) -> tuple[Capacity, ...]:
+        recipe = self.recipe
+        longest = partial(source_that_fits, target_tokens=recipe.generation_tokens)
+        return tuple(
+            capacity(self.pair.donor, self.pair.student, parse_memory(memory), batch, longest)
+            for memory in recipe.memory
+            for batch in recipe.speed_batch_sizes
+        )
 
     def _text_facts(self, scores: TokenScores) -> TextFacts:
         text, recipe = self.text, self.recipe

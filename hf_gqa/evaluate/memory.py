@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable
 from decimal import Decimal
 
 import torch
@@ -41,10 +42,20 @@ def parse_memory(memory: str | int) -> int:
     return amount
 
 
-def capacity(donor: PreTrainedModel, student: PreTrainedModel, memory_bytes: int, batch_size: int) -> Capacity:
-    """The longest context of each model, in the dtype it is in."""
+def capacity(
+    donor: PreTrainedModel,
+    student: PreTrainedModel,
+    memory_bytes: int,
+    batch_size: int,
+    longest: Callable[..., int | None] | None = None,
+) -> Capacity:
+    """The longest context of each model, in the dtype it is in.
+
+    Args:
+        longest: in place of `context_that_fits`, with its arguments.
+    """
     fits = [
-        context_that_fits(model.config, weight_bytes(model), model.dtype, memory_bytes, batch_size)
+        (longest or context_that_fits)(model.config, weight_bytes(model), model.dtype, memory_bytes, batch_size)
         for model in (donor, student)
     ]
     return Capacity(
@@ -92,16 +103,21 @@ def context_that_fits(
 def working_bytes(config: PretrainedConfig, dtype: torch.dtype, batch_size: int) -> int:
     """An allowance for what a step computes: prompts are read in pieces of 512 tokens of all sequences together.
 
-    For each token of a piece the residual, its norm, queries and attention's output, and three vectors of the feed-forward
-    layer; for each sequence the logits of one token, in `dtype` and in float32. No attention scores, which neither sdpa nor
-    flash attention keeps.
+    For each token of a piece the vectors of one layer; for each sequence the logits of one token, in `dtype` and in float32.
+    No attention scores, which neither sdpa nor flash attention keeps.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     tokens = max(READ_AT_ONCE_TOKENS, batch_size)
     logits = batch_size * config.vocab_size * (dtype.itemsize + torch.float32.itemsize)
-    return tokens * (2 * hidden + 2 * queries + 3 * inner) * dtype.itemsize + logits
+    return tokens * vectors_bytes(config, dtype) + logits
+
+
+def vectors_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Of one token within one layer: the residual, its norm, queries, attention's output, three of the feed-forward layer."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "d_ff", "encoder_ffn_dim"))
+    inner = next(filter(None, widths), 4 * hidden)
+    return (2 * hidden + 2 * heads * head_dim + 3 * inner) * dtype.itemsize
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

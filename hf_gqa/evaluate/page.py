@@ -196,7 +196,8 @@ def _capacity(report: Report) -> str:
     if limit:
         said += f" The model itself takes at most {limit:,} tokens."
         keys.append(("third", "┆", "what the model takes"))
-    numbers = table(capacity_table(report), "Context that fits beside the weights, for each sequence of the batch")
+    what = words_of(report).context.capitalize()
+    numbers = table(capacity_table(report), f"{what} that fits beside the weights, for each sequence of the batch")
     plots = _plots(keys, capacity_plots(report))
     return section("Capacity", element("p", text_of(said)), plots, details("The numbers", numbers))
 

@@ -65,8 +65,9 @@ def capacity_plots(report: Report) -> list[str]:
     if not any(row.donor_context_tokens or row.student_context_tokens for row in rows):
         return []
     height = 1.2 + INCHES_PER_ROW * len(rows)
-    title = "Context that fits beside the weights"
-    return [drawing("capacity", title, lambda axes: _draw_capacity(axes, rows, limit), height)]
+    what = words_of(report).context
+    title = f"{what.capitalize()} that fits beside the weights"
+    return [drawing("capacity", title, lambda axes: _draw_capacity(axes, rows, limit, what), height)]
 
 
 def task_plots(report: Report) -> list[str]:
@@ -139,7 +140,7 @@ def _draw_speedup(axes, rows: Sequence[Speed], label: str) -> None:
     _context_axis(axes, x, label)
 
 
-def _draw_capacity(axes, rows: Sequence[Capacity], limit: int | None) -> None:
+def _draw_capacity(axes, rows: Sequence[Capacity], limit: int | None, what: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_xscale("log")
@@ -154,7 +155,7 @@ def _draw_capacity(axes, rows: Sequence[Capacity], limit: int | None) -> None:
     axes.xaxis.set_major_locator(LogLocator(numticks=MOST_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: _tokens(value))
-    axes.set_xlabel("tokens of context for each sequence")
+    axes.set_xlabel(f"tokens of {what} for each sequence")
     _name_rows(axes, [f"{human_bytes(row.memory_bytes)}, batch {row.batch_size}" for row in rows])
 
 

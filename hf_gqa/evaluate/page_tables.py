@@ -260,4 +260,5 @@ def capacity_table(report: Report) -> Rows:
         )
         for row in report.capacity
     ]
-    return Rows(("memory", "batch", "donor's context, tokens", "student's context, tokens"), rows)
+    what = words_of(report).context
+    return Rows(("memory", "batch", f"donor's {what}, tokens", f"student's {what}, tokens"), rows)

@@ -202,7 +202,8 @@ def _capacity(report: Report):
         ]
         for row in report.capacity
     ]
-    return ["memory", "batch", "donor's context, tokens", "student's context, tokens"], rows
+    what = words_of(report).context
+    return ["memory", "batch", f"donor's {what}, tokens", f"student's {what}, tokens"], rows
 
 
 def _any_or(tokens: int | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..convert.calibration import Calibration
 from ..convert.donor import Donor, open_donor
-from ..convert.model_kind import CAUSAL_LM, kind_of
+from ..convert.model_kind import CAUSAL_LM, ENCODER, kind_of
 from ..convert.plan import ConversionPlan
 from ..convert.target import choose_target
 from ..evaluate.evaluation import Evaluation
@@ -30,6 +30,7 @@ from .sweep_table import (
     TABLE_FILE,
     SweepTable,
     as_csv,
+    cache_bytes_of,
     donor_hash,
     largest,
     row_of,
@@ -40,13 +41,18 @@ from .sweep_table import (
 PLANS = "plans"
 
 
-def check_comparable(donor: Donor) -> None:
-    """Raises Refusal for a donor whose plans the table has no columns for."""
+def check_comparable(donor: Donor, uptrained: bool) -> None:
+    """Raises Refusal for a donor whose plans the table has no columns for, or that cannot be uptrained."""
     kind = kind_of(donor.model_class, donor.config)
-    if kind != CAUSAL_LM:
+    if uptrained and kind != CAUSAL_LM:
         raise Refusal(
-            f"sweep: donor {donor.name} is a {donor.model_class.__name__}, and the table compares causal language models by "
-            f"loss and cache. Evaluate each student with hf-gqa run."
+            f"sweep: donor {donor.name} is a {donor.model_class.__name__}, and causal language models alone are uptrained. "
+            f"Leave --uptrain out."
+        )
+    if kind in (None, ENCODER):
+        raise Refusal(
+            f"sweep: donor {donor.name} is a {donor.model_class.__name__}, which predicts no tokens, and the table compares "
+            f"by loss. Evaluate each student with hf-gqa run."
         )
 
 
@@ -88,7 +94,7 @@ class Sweep:
         self.keep_students, self.announce = keep_students, announce
         self.calibration_text = {"files": list(calibration), "tokens": calibration_tokens}
         self.donor: Donor = open_donor(donor)
-        check_comparable(self.donor)
+        check_comparable(self.donor, uptraining is not None)
         check_apart(self.output, self.donor.folder, "donor")
         self.plans = {
             f"{'+'.join(plan.method)}-{plan.sharing}-{plan.num_key_value_heads}": plan
@@ -173,7 +179,8 @@ class Sweep:
             donor_identity=self.identity,
             donor_loss_nats_per_token=first.donor.loss_nats_per_token,
             donor_perplexity=first.donor.perplexity,
-            donor_cache_bytes_per_token=first.donor.cache_bytes_per_token_computed,
+            donor_cache_bytes_per_token=cache_bytes_of(first.donor),
+            donor_parameters=first.donor.parameters,
             donor_decode_tokens_per_second=largest(first).donor_decode_tokens_per_second if first.speed else None,
             text_tokens=first.text.tokens,
             context_tokens=first.text.context_tokens,

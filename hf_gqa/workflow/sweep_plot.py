@@ -17,12 +17,15 @@ def plot_sweep(table: SweepTable) -> str:
         figure = Figure(figsize=(12 if timed else 6.5, 4.8), layout="constrained")
         FigureCanvasSVG(figure)
         panels = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-        over_cache, *others = panels
-        _draw(over_cache, table, lambda row: row.cache_bytes_per_token, table.donor_cache_bytes_per_token, front=True)
-        over_cache.set_xscale("log", base=2)
-        over_cache.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        over_cache.set_xlabel("cache, bytes per token (less is better)")
-        over_cache.set_ylabel(f"loss, nats per token, on {table.text_tokens:,} tokens (less is better)")
+        over_size, *others = panels
+        cached = table.donor_cache_bytes_per_token is not None
+        of_donor = table.donor_cache_bytes_per_token if cached else table.donor_parameters
+        _draw(over_size, table, lambda row: row.size, of_donor, front=True)
+        if cached:
+            over_size.set_xscale("log", base=2)
+        over_size.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        over_size.set_xlabel(f"{'cache, bytes per token' if cached else 'parameters'} (less is better)")
+        over_size.set_ylabel(f"loss, nats per token, on {table.text_tokens:,} tokens (less is better)")
         if timed:
             of_donor = table.donor_decode_tokens_per_second
             _draw(others[0], table, lambda row: row.decode_tokens_per_second, of_donor)

@@ -12,11 +12,11 @@ from ..convert.donor import Donor
 from ..convert.manifest import donor_identity
 from ..convert.plan import ConversionPlan
 from ..evaluate.from_json import value_of
-from ..evaluate.report import Interval, Report, Speed
+from ..evaluate.report import Interval, ModelFacts, Report, Speed
 from ..refusal import Refusal
 
 
-FORMAT = 1
+FORMAT = 2
 SWEEP_FILE, TABLE_FILE, PLOT_FILE = "sweep.json", "sweep.csv", "sweep.svg"
 
 
@@ -28,10 +28,12 @@ class SweepRow:
         plan: name of its folder.
         uptrain_tokens: 0 where the student was not uptrained.
         loss_difference: student's loss less the donor's, with its interval; None for too little text.
+        loss_nats_per_token: as the report has it, so of an encoder-decoder's targets or of masked tokens too.
+        cache_bytes_per_token: of an encoder-decoder those of a token it reads and of one it writes; None for encoders.
         cache_fraction: student's cache bytes per token over the donor's.
         decode_tokens_per_second, decode_speedup, allowed_decode_speedup: at the largest batch and context timed; None
             where nothing was.
-        on_front: no other plan has both a smaller cache and a lower loss.
+        on_front: no other plan has both a smaller cache (of encoders, fewer parameters) and a lower loss.
     """
 
     plan: str
@@ -44,13 +46,18 @@ class SweepRow:
     perplexity: float
     kl_nats_per_token: float
     top1_agreement_fraction: float
-    cache_bytes_per_token: int
-    cache_fraction: float
+    cache_bytes_per_token: int | None
+    cache_fraction: float | None
     parameters: int
     decode_tokens_per_second: float | None
     decode_speedup: float | None
     allowed_decode_speedup: float | None
     on_front: bool = False
+
+    @property
+    def size(self) -> int:
+        """What conversion makes smaller: the cache, or the parameters of what keeps none."""
+        return self.parameters if self.cache_bytes_per_token is None else self.cache_bytes_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +73,8 @@ class SweepTable:
     donor_identity: str
     donor_loss_nats_per_token: float
     donor_perplexity: float
-    donor_cache_bytes_per_token: int
+    donor_cache_bytes_per_token: int | None
+    donor_parameters: int
     donor_decode_tokens_per_second: float | None
     text_tokens: int
     context_tokens: int
@@ -97,10 +105,16 @@ def largest(report: Report) -> Speed:
     return max(report.speed, key=lambda speed: speed.batch_size * speed.context_tokens)
 
 
+def cache_bytes_of(model: ModelFacts) -> int | None:
+    """Of a token; an encoder-decoder keeps a part for what it reads and a part for what it writes."""
+    own = model.cache_bytes_per_token_computed
+    return None if own is None else own + (model.cache_bytes_per_source_token_computed or 0)
+
+
 def row_of(name: str, plan: ConversionPlan, report: Report) -> SweepRow:
     uptraining = (report.conversion or {}).get("uptraining") or {}
     speed = largest(report) if report.speed else None
-    cache = report.student.cache_bytes_per_token_computed
+    cache, before = cache_bytes_of(report.student), cache_bytes_of(report.donor)
     return SweepRow(
         plan=name,
         num_key_value_heads=plan.num_key_value_heads,
@@ -113,7 +127,7 @@ def row_of(name: str, plan: ConversionPlan, report: Report) -> SweepRow:
         kl_nats_per_token=report.kl_nats_per_token,
         top1_agreement_fraction=report.top1_agreement_fraction,
         cache_bytes_per_token=cache,
-        cache_fraction=cache / report.donor.cache_bytes_per_token_computed,
+        cache_fraction=cache / before if before else None,
         parameters=report.student.parameters,
         decode_tokens_per_second=speed.student_decode_tokens_per_second if speed else None,
         decode_speedup=speed.decode_speedup if speed else None,
@@ -122,11 +136,11 @@ def row_of(name: str, plan: ConversionPlan, report: Report) -> SweepRow:
 
 
 def with_front(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
-    """Rows marked that no other beats: none has at most their cache and at most their loss, and less of one."""
+    """Rows marked that no other beats: none has at most their size and at most their loss, and less of one."""
 
     def beaten(row: SweepRow) -> bool:
-        mine = (row.cache_bytes_per_token, row.loss_nats_per_token)
-        others = [(other.cache_bytes_per_token, other.loss_nats_per_token) for other in rows]
+        mine = (row.size, row.loss_nats_per_token)
+        others = [(other.size, other.loss_nats_per_token) for other in rows]
         return any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in others)
 
     return tuple(replace(row, on_front=not beaten(row)) for row in rows)
