@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from hf_gqa import Refusal, convert, convert_checkpoint
 from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.surgery import layer_heads
-from hf_gqa.runtime.layer_plan import read_rows
+from hf_gqa.export.sharing_words import sharing_notes
+from hf_gqa.runtime.layer_plan import LayerPlan, read_rows
 from hf_gqa.weights.assignment import cheapest_assignment
 from hf_gqa.weights.head_tensors import write_heads
 
@@ -177,6 +178,13 @@ def test_plans_that_leave_nothing_to_fit_are_refused(model_type, plan, message):
     with pytest.raises(Refusal) as refused:
         convert(deep_donor(model_type), **plan, shared_init="fit", calibration=rows())
     assert message in str(refused.value)
+
+
+def test_notes_say_which_layers_are_fitted():
+    table = [LayerPlan(num_key_value_heads=4, **row) for row in ({}, {"query_from": 0, "key_from": 0}, {})]
+    own, fit = sharing_notes(table), sharing_notes(table, "fit")
+    assert fit[: len(own)] == own and len(fit) == len(own) + 1
+    assert fit[-1].startswith("Layer 1 of 0 to 2: fitted on calibration text to what is lent")
 
 
 def test_no_text_is_refused():

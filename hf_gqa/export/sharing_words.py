@@ -11,8 +11,8 @@ def sharing_notes(rows: Sequence[LayerPlan], shared_init: str = "own") -> list[s
     borrowers = [layer_idx for layer_idx, row in enumerate(rows) if row.borrows_states]
     if shared_init == "fit":
         found.append(
-            f"{_layers(borrowers, len(rows))} are fitted on calibration text to what is lent to them: which of their heads reads "
-            "which of the lender's, with what queries where they own them, and their output projections."
+            f"{_layers(borrowers, len(rows))}: fitted on calibration text to what is lent, namely which of the heads reads which "
+            "of the lender's, with what queries where these are the layer's own, and the output projection."
         )
     return found
 
