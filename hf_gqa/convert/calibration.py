@@ -21,6 +21,7 @@ from ..refusal import Refusal
 from ..staging import staged_file
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics, MomentSum
+from .borrower_fit import fitted_borrowers
 from .donor import Donor
 from .heads_on_disk import HeadsOnDisk
 from .layer_conversion import SequentialConversion, converted_layer
@@ -195,10 +196,16 @@ def calibrated(
         scratch: folder to make, in which converted layers wait; by default they do so in memory.
 
     Raises:
-        Refusal: the calibration of another donor.
+        Refusal: the calibration of another donor, or none for borrowers that shall be fitted.
     """
+    fits = plan.shared_init == "fit"
     if calibration is None:
-        return {}
+        if not fits:
+            return {}
+        raise Refusal(
+            "shared_init = fit: fits borrowers to what the donor computes on text, and there is none. Give --calibration or "
+            "--calibration-tokens (calibration= in Python), or use shared_init = own."
+        )
     check_decoder(donor)
     is_made = isinstance(calibration, Calibration)
     if is_made and calibration.donor != fingerprint(donor):
@@ -208,11 +215,13 @@ def calibrated(
     if not is_made and any(row.borrows for row in target.rows):
         calibration, is_made = calibrate(donor, model, calibration), True
     statistics = calibration.statistics if is_made else None
-    if is_made and not observes(plan):
+    if is_made and not (observes(plan) or fits):
         return {"statistics": statistics}
-    tokens_NL = calibration.tokens_NL if is_made else _checked_rows(calibration, donor)
-    run = LayerRun(model_to_run(donor) if model is None else model, donor.layout, tokens_NL.long())
-    layers = _converted(donor, run, plan, target, statistics)
+    tokens_NL = (calibration.tokens_NL if is_made else _checked_rows(calibration, donor)).long()
+    model = model_to_run(donor) if model is None else model
+    if fits:
+        return {"statistics": statistics, "converted": fitted_borrowers(donor, model, plan, target, tokens_NL)}
+    layers = _converted(donor, LayerRun(model, donor.layout, tokens_NL), plan, target, statistics)
     with progress_bar("Converting layers", donor.config.num_hidden_layers, "layer") as bar:
         converted = {} if scratch is None else HeadsOnDisk(scratch)
         for layer_idx, heads in layers:

@@ -34,6 +34,7 @@ class LayerRun:
         embedded: what the first layer reads, batch by batch.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         model: PreTrainedModel | StoredModel,
@@ -67,9 +68,9 @@ class LayerRun:
 
     def put_heads(self, layer_idx: int, layer: nn.Module, heads: AttentionWeights) -> None:
         """Overwrite the heads of a copied layer."""
-        put_heads(self.layout, self._attention(layer, layer_idx), heads)
+        put_heads(self.layout, self.attention_in(layer, layer_idx), heads)
 
-    def _attention(self, layer: nn.Module, layer_idx: int) -> nn.Module:
+    def attention_in(self, layer: nn.Module, layer_idx: int) -> nn.Module:
         return layer.get_submodule(self.layout.attention.format(layer_idx=layer_idx).split(f".{layer_idx}.", 1)[1])
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class LayerRun:
             picked: numbers of the batches to run; by default all.
         """
         seen = {}
-        attention = self._attention(layer, layer_idx)
+        attention = self.attention_in(layer, layer_idx)
         output = attention.get_submodule(self.layout.output)
 
         def before(module, args, kwargs):
@@ -124,7 +125,7 @@ class LayerRun:
             Refusal: the attention adds or multiplies something that is not known here.
         """
         args, kwargs = self.arguments[number][layer_idx]
-        attention = self._attention(layer, layer_idx)
+        attention = self.attention_in(layer, layer_idx)
         attention = attention.get_submodule(self.layout.inner) if self.layout.inner else attention
         turn_BLP = None if rotation is None else _turns_of(attention, kwargs, rotation)
         mask_BHLS = _mask_of(attention, [*args, kwargs.get("attention_mask")], self.embedded[number])
@@ -143,6 +144,14 @@ def put_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWei
     repeated = heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
     for name, tensor in write_heads(layout, repeated).items():
         attention.get_parameter(name).data.copy_(tensor)
+
+
+def put_owned_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWeights) -> None:
+    """Overwrite those of the heads' tensors that an attention has; it may borrow the others."""
+    owned = dict(attention.named_parameters())
+    for name, tensor in write_heads(layout, heads).items():
+        if name in owned:
+            owned[name].data.copy_(tensor)
 
 
 def _turns_of(attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:
