@@ -85,7 +85,8 @@ def convert_checkpoint(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        shutil.rmtree(staging / WAITING, ignore_errors=True)
+        if (staging / WAITING).exists():
+            shutil.rmtree(staging / WAITING)
         _write_config(donor, target, staging)
         carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}
