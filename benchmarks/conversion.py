@@ -1,13 +1,17 @@
 """Quality right after conversion, without training, by method and number of KV heads, on text nobody calibrated on.
 
-Run: `python benchmarks/conversion.py DATA --donor prose|gptstories|prose_gqa [--output FILE] [--heads 4,3,2,1] [--only SUBSTRING]`, where
-DATA holds `corpora` and `donors` as benchmarks/uptrain.py reads them; prose_gqa is prose converted to four KV heads by the best method
-here, which is kept in --scratch. Calibration rows are spread over the training text; a seed takes others. Cells that the output already
-holds are skipped; `--table` prints what it holds as Markdown.
+Run: `python benchmarks/conversion.py DATA [--donors gptstories,prose] [--results FOLDER] [--rounds 1,2] [--only SUBSTRING]`, where DATA
+holds `corpora` and `donors` as benchmarks/uptrain.py reads them; prose_gqa and gptstories_gqa are donors converted to four KV heads by the
+best method here, which are kept in --scratch. Calibration rows are spread over the training text; a seed takes others. Cells that a donor's file in the
+folder already holds are skipped. benchmarks/conversion_table.py writes conversion.md of those files.
+
+What is measured on: while the methods were being written, every n-th window of the held-out text was looked at. Those between them,
+which nothing was chosen by, are what is measured here.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,39 +29,58 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.evaluate.bootstrap import Bootstrap
 from hf_gqa.evaluate.quality import score
 from hf_gqa.evaluate.windows import prefix_token, token_ids, windows_of
+from hf_gqa.workflow.choose_method import choose_method
 
 
+RESULTS = Path(__file__).parent / "results"
 ROW_TOKENS = 256
 BEST = "group,fold,refit_queries,refit"
-METHODS = (  # what takes long last
-    "mean_pool",
-    "first",
-    "random_init",
-    "mean_pool,renormalise",
-    "align,mean_pool",
-    "group,align,mean_pool",
-    "group,align,mean_pool,renormalise",
-    "low_rank",
-    "group,low_rank",
-    "whole projections of low rank (no stock class)",
-    "fold (weights alone)",
-    "group,fold (weights alone)",
-    "fold",
-    "fold (per layer)",
-    "fold (keys 4, values 2)",
-    "fold (keys 2, values 4)",
-    "group,fold",
-    "group,fold (per layer)",
-    "mean_pool,refit",
-    "group,low_rank,refit",
-    "group,fold,refit",
-    BEST,
-    f"{BEST} (per layer)",
-    f"{BEST} (per layer, greedy)",
-    "group,fold,refit_queries",
-    "group,align,mean_pool,refit_queries,refit",
+AUTO = "auto"
+ROUNDS = (  # (methods, KV heads, seeds); what the issue of it all is first, what takes long later
+    (
+        (
+            "mean_pool",
+            "first",
+            "random_init",
+            "mean_pool,renormalise",
+            "align,mean_pool",
+            "group,align,mean_pool",
+            "group,align,mean_pool,renormalise",
+            "fold (weights alone)",
+            "group,fold (weights alone)",
+            "fold",
+            "group,fold",
+            "low_rank",
+            "group,low_rank",
+            "whole projections of low rank (no stock class)",
+        ),
+        (4, 2, 1),
+        (0,),
+    ),
+    (("group,fold,refit", BEST), (4, 2, 1), (0,)),
+    (
+        ("fold (per layer)", "group,fold (per layer)", "group,fold,refit (per layer)", f"{BEST} (per layer)"),
+        (4, 2),
+        (0,),
+    ),
+    ((AUTO,), (2, 4, 1), (0,)),
+    ((BEST,), (2, 4, 1), (1, 2)),
+    (
+        (
+            "fold (per layer)",
+            "group,fold (per layer)",
+            "group,fold (per layer, greedy)",
+            "fold (keys 4, values 2)",
+            "fold (keys 2, values 4)",
+            f"{BEST} (per layer)",
+        ),
+        (3,),
+        (0,),
+    ),
+    (("mean_pool,refit", "group,low_rank,refit", "group,fold,refit_queries"), (4, 2, 1), (0,)),
+    (("group,align,mean_pool,refit_queries,refit",), (4, 2, 1), (0,)),
+    (("group,fold", f"{BEST} (per layer)"), (4, 2, 1), (1, 2)),
 )
-SEEDED = (BEST, "group,fold", f"{BEST} (per layer)")
 
 
 class RememberedDonor:
@@ -83,8 +106,9 @@ class Bench:
         self.wanted_rows = calibration_tokens // ROW_TOKENS
         tokens = [token for text in held_out for token in token_ids(tokenizer, text)]
         windows = list(windows_of(tokens, prefix_token(tokenizer), ROW_TOKENS, ROW_TOKENS))
-        self.windows = windows[:: max(1, len(windows) * ROW_TOKENS // held_out_tokens)]
-        self.calibrations = {}
+        every = max(2, len(windows) * ROW_TOKENS // held_out_tokens)
+        self.windows = windows[every // 2 :: every]
+        self.calibrations, self.damages = {}, {}
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         if name.endswith("_gqa"):
             self.model = self.grouped(scratch / name)
@@ -110,9 +134,11 @@ class Bench:
 
     def run(self, method: str, num_key_value_heads: int, seed: int) -> dict | None:
         """None for what such a number of heads does not have."""
+        if method == AUTO:
+            return self.choice(num_key_value_heads, seed)
         plain, _, variant = method.partition(" (")
+        known = Known(self.model, self.calibration(seed), num_key_value_heads, self.damages.setdefault(seed, {}))
         begun = time.perf_counter()
-        known = Known(self.model, self.calibration(seed), num_key_value_heads)
         make = VARIANTS.get(variant.rstrip(")"))
         if make is None:
             return None
@@ -137,73 +163,69 @@ class Bench:
             **told,
         }
 
+    def choice(self, num_key_value_heads: int, seed: int) -> dict | None:
+        """What `--method auto` finds by the calibration text alone, of which it keeps an eighth back to measure on."""
+        if any(count % num_key_value_heads or count == num_key_value_heads for count in self.donor_heads):
+            return None
+        trials = choose_method(
+            self.model, self.calibration(seed).tokens_NL.long(), num_key_value_heads=num_key_value_heads
+        )
+        told = {"method": AUTO, "num_key_value_heads": num_key_value_heads, "seed": seed}
+        return told | {"trials": [trial.to_dict() for trial in trials]}
+
 
 def read(output: Path) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
 
 
-def table(results: list[dict]) -> str:
-    """Of seed 0, with the range of the others' KL; the share undone is of what mean pooling adds to the donor's loss."""
-    lines = [
-        "| KV heads | method | loss | KL to the donor | other seeds | top-1 | mean pooling's damage undone | seconds |"
+def cells(rounds: list[int], donors: list[str], only: str) -> list[tuple[str, str, int, int]]:
+    """(donor, method, KV heads, seed)."""
+    return [
+        (donor, method, count, seed)
+        for methods, counts, seeds in (ROUNDS[number - 1] for number in rounds)
+        for donor in donors
+        for seed in seeds
+        for method in methods
+        for count in counts
+        if only in method
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    pooled = {found["num_key_value_heads"]: found for found in results if found["method"] == "mean_pool"}
-    order = {method: number for number, method in enumerate(METHODS)}
-    of_seed_0 = [found for found in results if found["seed"] == 0]
-    for found in sorted(of_seed_0, key=lambda one: (-one["num_key_value_heads"], order[one["method"]])):
-        mean, undone = pooled.get(found["num_key_value_heads"]), ""
-        if mean is not None:
-            undone = f"{1 - (found['loss'] - found['donor_loss']) / (mean['loss'] - mean['donor_loss']):.1%}"
-        same = ("method", "num_key_value_heads")
-        others = [f"{o['kl']:.3f}" for o in results if o["seed"] and all(o[key] == found[key] for key in same)]
-        lines.append(
-            f"| {found['num_key_value_heads']} | {found['method']} | {found['loss']:.3f} | {found['kl']:.3f} | "
-            f"{', '.join(others)} | {found['top1_agreement']:.1%} | {undone} | {found['seconds']:.1f} |"
-        )
-    return "\n".join(lines)
 
 
-def cells(heads: list[int], only: str) -> list[tuple[str, int, int]]:
-    """(method, KV heads, seed), the first seed of everything first."""
-    chosen = [method for method in METHODS if only in method]
-    first = [(method, count, 0) for method in chosen for count in heads]
-    return first + [
-        (method, count, seed) for method in SEEDED if method in chosen for seed in (1, 2) for count in heads
-    ]
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--donor", choices=[*DONORS, "prose_gqa"], default="prose")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--donors", default="gptstories,prose", help=f"of {', '.join(DONORS)}; NAME_gqa for a grouped one"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of conversion_<donor>.jsonl")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--heads", default="4,3,2,1")
+    parser.add_argument("--rounds", default=",".join(str(number + 1) for number in range(len(ROUNDS))))
     parser.add_argument("--only", default="", help="run only methods whose names hold this")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--held-out-tokens", type=int, default=16_384)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="run nothing")
     asked = parser.parse_args()
-    output = asked.output or Path(__file__).parent / "results" / f"conversion_{asked.donor}.jsonl"
-    if not asked.table:
-        torch.set_num_threads(asked.threads)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        bench = Bench(asked.donor, asked.data, asked.scratch, asked.calibration_tokens, asked.held_out_tokens)
-        done = {(found["method"], found["num_key_value_heads"], found["seed"]) for found in read(output)}
-        for cell in cells([int(count) for count in asked.heads.split(",")], asked.only):
-            found = None if cell in done else bench.run(*cell)
-            if found is not None:
-                with output.open("a") as file:
-                    file.write(json.dumps(found | machine() | {"compute": "float32"}) + "\n")
-                print(f"{cell}: {found['loss']:.3f}", file=sys.stderr, flush=True)
-    results = read(output)
-    print(
-        f"Donor {results[0]['donor_loss']:.3f} nats per token on {results[0]['held_out_tokens']:,} held-out tokens.\n"
-    )
-    print(table(results))
+    torch.set_num_threads(asked.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    facts = machine() | {"compute": "float32", "commit": commit()}
+    donors = asked.donors.split(",")
+    benches = {
+        donor: Bench(donor, asked.data, asked.scratch, asked.calibration_tokens, asked.held_out_tokens)
+        for donor in donors
+    }
+    for donor, *cell in cells([int(number) for number in asked.rounds.split(",")], donors, asked.only):
+        output = asked.results / f"conversion_{donor}.jsonl"
+        done = [[found["method"], found["num_key_value_heads"], found["seed"]] for found in read(output)]
+        found = None if cell in done else benches[donor].run(*cell)
+        if found is not None:
+            with output.open("a") as file:
+                file.write(json.dumps(found | facts) + "\n")
+            print(donor, *cell, found.get("loss", ""), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ from hf_gqa.convert.layer_run import put_heads
 from hf_gqa.convert.plan import ConversionPlan
 from hf_gqa.convert.surgery import layer_heads
 from hf_gqa.workflow.head_budget import allot_heads
-from hf_gqa.workflow.layer_budget import greedy_assignment
+from hf_gqa.workflow.layer_budget import best_assignment, greedy_assignment
 
 
 @dataclass(frozen=True)
 class Known:
-    """The donor, what was seen of it, and KV heads of a layer on average."""
+    """The donor, what was seen of it, KV heads of a layer on average, and damages by method that were measured already."""
 
     model: torch.nn.Module
     calibration: Calibration
     heads: int
+    damages: dict
 
     @property
     def donor(self) -> Donor:
@@ -38,7 +39,7 @@ class Known:
 
 
 def plain(method: str, known: Known, calibrated: bool = True):
-    if not known.divides:
+    if not known.divides or known.heads >= max(known.donor.num_key_value_heads):
         return None, {}
     calibration = known.calibration if calibrated else None
     if method == "whole projections of low rank":
@@ -52,12 +53,13 @@ def per_layer(method: str, known: Known, greedy: bool = False):
     layers = donor.config.num_hidden_layers
     if known.heads == 1 or known.heads >= max(donor.num_key_value_heads):
         return None, {}
-    budget_bytes = cache_bytes_per_token_computed(donor.config, [known.heads] * layers, torch.float32)
-    allotment = allot_heads(donor, known.model, known.calibration, budget_bytes, method)
-    fields = allotment.plan_fields
-    if greedy:
-        heads = greedy_assignment(allotment.damages, known.heads * layers)
-        fields = replace(allotment, num_key_value_heads=heads).plan_fields
+    closed_form = method.replace(",refit_queries", "").replace(",refit", "")
+    if closed_form not in known.damages:
+        least_bytes = cache_bytes_per_token_computed(donor.config, [1] * layers, known.model.dtype)
+        allotment = allot_heads(donor, known.model, known.calibration, least_bytes, closed_form)
+        known.damages[closed_form] = allotment
+    allotment, assign = known.damages[closed_form], greedy_assignment if greedy else best_assignment
+    fields = replace(allotment, num_key_value_heads=assign(allotment.damages, known.heads * layers)).plan_fields
     student = convert(known.model, method=method, calibration=known.calibration, **fields)
     return student, {"plan": {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}}
 

@@ -1,15 +1,16 @@
 """Quality against the fraction of layers that share: which layers to choose, and what uptraining leaves of the damage.
 
-Run: `python benchmarks/sharing.py DATA --donor prose|gptstories [--output FILE] [--only SUBSTRING]`, where DATA holds `corpora` and `donors`
+Run: `python benchmarks/sharing.py DATA --donor prose|gptstories [--output FILE] [--only SUBSTRING ...]`, where DATA holds `corpora` and `donors`
 as benchmarks/uptrain.py reads them. Layers are chosen on training text (how alike attention is, what each pair costs), and every set of
-borrowers that there is is measured on held-out text, so that each choice is seen beside the best one. Then students of some choices are uptrained, as in
-benchmarks/uptrain.py. Cells that the output already holds are skipped. `--plot FILE.svg` draws what the output holds.
+borrowers that there is is measured on held-out text, so that each choice is seen beside the best one. Then students are made of some choices, with all their
+heads and with grouped ones, by every way to begin (own, mean, fit), and measured on the same held-out text; none of them was trained. Then some are uptrained, as in
+benchmarks/uptrain.py. Cells that the output already holds are skipped. `--plot FILE.svg` draws what the output holds (benchmarks/sharing_tables.py).
 """
 
 import argparse
 import json
-import statistics
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sharing_tables import all_tables, chosen, pair_costs, plot
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from uptrain import DONORS, Bench, Cell, machine, read, rows_of
@@ -26,15 +28,16 @@ from hf_gqa import convert
 from hf_gqa.analyze.borrowing import BORROWED, Sharing, measure_sharings
 from hf_gqa.analyze.echoatt import block_borrowers, kept_layers, ranked_borrowers
 from hf_gqa.analyze.similarity import attention_similarity
-from hf_gqa.analyze.solver import cheapest_choices, cheapest_sets, choose, greedy_choices, nearest_owners
+from hf_gqa.analyze.solver import cheapest_sets, nearest_owners
 from hf_gqa.convert.donor import donor_from_model
+from hf_gqa.evaluate.quality import compare
 
 
 SAMPLE_TOKENS, SAMPLES = 512, 32
 CHOOSE_TOKENS = MEASURE_TOKENS = 8_192
 GROUPED = "group,fold,refit"
 CANDIDATES = 8
-CHOOSERS = ("kl", "echoatt")
+INITS = {"echo": ("own", "fit"), "cross_layer_kv": ("own", "mean", "fit")}
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,18 @@ class SharingCell(Cell):
 
     pattern: str = "echo"
     shared_layers: tuple[int, ...] = ()
+    shared_init: str = "own"
 
     @property
     def name(self) -> str:
+        return f"{self.way} {self.budget_fraction:.2%} seed{self.seed}"
+
+    @property
+    def way(self) -> str:
+        """What is converted, without what is trained."""
         layers = ",".join(map(str, self.shared_layers)) or "none"
-        return f"{self.pattern} {layers} heads{self.num_key_value_heads} {self.budget_fraction:.2%} seed{self.seed}"
+        begins = "" if self.shared_init == "own" else f" {self.shared_init}"
+        return f"{self.pattern} {layers} heads{self.num_key_value_heads}{begins}"
 
 
 class SharingBench(Bench):
@@ -83,7 +93,13 @@ class SharingBench(Bench):
         base = self.with_heads(cell.num_key_value_heads)
         if not cell.shared_layers:
             return convert(base, num_key_value_heads=cell.num_key_value_heads)
-        return convert(base, sharing=cell.pattern, shared_layers=cell.shared_layers)
+        return convert(
+            base,
+            sharing=cell.pattern,
+            shared_layers=cell.shared_layers,
+            shared_init=cell.shared_init,
+            calibration=self.calibration if cell.shared_init == "fit" else None,
+        )
 
     def once(self, name: str, measure) -> dict:
         """What the output holds of this name, or else what `measure` finds, which is added to it."""
@@ -147,58 +163,49 @@ class SharingBench(Bench):
             self.once(f"shortlists {pattern}", lambda pattern=pattern: self.shortlists(pattern))
             self.once(f"subsets {pattern}", lambda pattern=pattern: self.subsets(pattern))
 
+    @torch.inference_mode()
+    def untrained(self, cell: SharingCell) -> dict:
+        """A student as it is converted, on the text that `subsets` are measured on."""
+        begun = time.perf_counter()
+        student = self.student(cell).eval()
+        seconds = time.perf_counter() - begun
+        sums, tokens = np.zeros(4), self.tokens("held_out_documents", self.donor.sequence_length, MEASURE_TOKENS)
+        for rows in tokens.split(8):
+            logits = (model(rows, use_cache=False).logits[:, :-1].flatten(0, 1) for model in (self.model, student))
+            sums += [values.sum() for values in compare(*logits, rows[:, 1:].flatten())]
+        _, loss, kl, agrees = sums / tokens[:, 1:].numel()
+        return self.said(cell) | {
+            "untrained": {"loss": loss, "kl": kl, "top1_agreement": agrees},
+            "conversion_seconds": seconds,
+        }
+
     def uptrained(self, cell: SharingCell) -> dict:
-        shared = {"pattern": cell.pattern, "shared_layers": list(cell.shared_layers)}
-        return self.run(cell) | shared | {"shared_fraction": len(cell.shared_layers) / self.layers}
+        return self.run(cell) | self.said(cell)
 
-
-def pair_costs(results: list[dict], pattern: str) -> dict[tuple[int, int], float]:
-    pairs = next(found["pairs"] for found in results if found["cell"] == f"pairs {pattern}")
-    return {tuple(pair["owners"][0]): pair["kl"] for pair in pairs}
-
-
-def chosen(results: list[dict], pattern: str) -> dict[str, dict[int, tuple[int, ...]]]:
-    """By chooser and number of borrowers, the borrowers.
-
-    "sum" has the smallest sum of pair costs, "kl" is the best of the `CANDIDATES` with the smallest, measured whole; "best" is what
-    the held-out text itself would choose.
-    """
-    found = {one["cell"]: one for one in results}
-    layers = len(found["similarity"]["similarity"])
-    kinds, saved = ["layer"] * layers, [1] * layers
-    costs = pair_costs(results, pattern)
-    exact, greedy = cheapest_choices(kinds, costs, saved), greedy_choices(kinds, costs, saved)
-    measured = {borrowers_of(one): one["kl"] for one in found[f"subsets {pattern}"]["subsets"]}
-    listed = {borrowers_of(one): one["kl"] for one in found[f"shortlists {pattern}"]["shortlists"]}
-    numbers = range(1, layers)
-    return {
-        "sum": {number: tuple(choose(exact, number).borrowers) for number in numbers},
-        "kl": {n: min((s for s in listed if len(s) == n), key=listed.get) for n in numbers},
-        "greedy": {number: tuple(greedy[number].borrowers) for number in numbers},
-        "echoatt": {number: tuple(sorted(found["similarity"]["ranked"][:number])) for number in numbers},
-        "best": {n: min((s for s in measured if len(s) == n), key=measured.get) for n in numbers},
-        "worst": {n: max((s for s in measured if len(s) == n), key=measured.get) for n in numbers},
-    }
-
-
-def borrowers_of(found: dict) -> tuple[int, ...]:
-    return tuple(sorted(borrower for borrower, _ in found["owners"]))
+    def said(self, cell: SharingCell) -> dict:
+        return {
+            "pattern": cell.pattern,
+            "shared_layers": list(cell.shared_layers),
+            "shared_fraction": len(cell.shared_layers) / self.layers,
+            "shared_init": cell.shared_init,
+            "num_key_value_heads": cell.num_key_value_heads,
+        }
 
 
 def grid(bench: SharingBench) -> Iterator[SharingCell]:
-    """In order of what is wanted first."""
-    results, layers = read(bench.output), bench.layers
-    picked = {pattern: chosen(results, pattern) for pattern in BORROWED}
-    middle = (layers // 2, layers - 2)
-    others = [number for number in range(1, layers) if number not in middle]
+    """Of students that are uptrained, in order of what is wanted first."""
+    picked = {pattern: chosen(read(bench.output), pattern) for pattern in BORROWED}
+    quarter, half, most = (
+        max(1, int(share * bench.layers)) for share in (0.25, 0.5, 0.8)
+    )  # 1, 2, 4 of 5; 1, 3, 4 of 6
 
-    def cells(numbers, shares, seeds=(0,), heads=(8,), choosers=CHOOSERS) -> Iterator[SharingCell]:
+    def cells(numbers, shares=(0.01,), seeds=(0,), heads=(8,), chooser="kl", inits=("own", "fit")):
         for seed in seeds:
             for share in shares:
                 for count in heads:
                     for number in numbers:
                         for pattern in BORROWED:
-                            for chooser in choosers:
+                            for init in inits:
                                 yield SharingCell(
                                     objective="distill",
                                     budget_fraction=share,
@@ -209,117 +216,41 @@ def grid(bench: SharingBench) -> Iterator[SharingCell]:
                                     rate=bench.rate,
                                     pattern=pattern,
                                     shared_layers=picked[pattern][chooser][number],
+                                    shared_init=init,
                                 )
 
-    yield from cells(middle, (0.01,))
-    yield from cells(others, (0.01,), choosers=("kl",))
-    yield from cells(middle, (0.01,), heads=(2,), choosers=("kl",))
-    yield from cells(others, (0.01,), choosers=("echoatt",))
-    yield from cells(middle, (0.01,), seeds=(1, 2))
-    yield from cells(middle, (0.05,), choosers=("kl",))
-    yield from cells(others, (0.01,), heads=(2,), choosers=("kl",))
-    yield from cells(middle, (0.05,), choosers=("echoatt",))
+    yield from cells((half, most, quarter))
+    yield from cells((half, most, quarter), heads=(2,))
+    yield from cells((half, quarter), chooser="echoatt")
+    yield from cells((half, most), seeds=(1, 2))
+    yield from cells((half, most), shares=(0.05,))
+    yield from cells(range(1, bench.layers))
+    yield from cells(range(1, bench.layers), heads=(2,))
 
 
-def choice_table(results: list[dict], pattern: str) -> str:
-    """Held-out text, no training: KL to the donor of each chooser's set, and where it stands among all of its size."""
-    found = {one["cell"]: one for one in results}
-    measured = {borrowers_of(one): one for one in found[f"subsets {pattern}"]["subsets"]}
-    layers = len(found["similarity"]["similarity"])
-    lines = [
-        f"| {pattern}: layers that borrow | chooser | which | loss | KL | top-1 | place |",
-        "|---|---|---|---|---|---|---|",
+def untrained_grid(bench: SharingBench) -> Iterator[SharingCell]:
+    """What KL chooses, with all heads and with two; each layer alone; what similarity chooses: every way to begin."""
+    picked = {pattern: chosen(read(bench.output), pattern) for pattern in BORROWED}
+    alone = [(layer,) for layer in range(1, bench.layers)]
+    wanted = [
+        *((8, pattern, layers) for pattern in BORROWED for layers in picked[pattern]["kl"].values()),
+        (2, "echo", ()),
+        *((2, pattern, layers) for pattern in BORROWED for layers in picked[pattern]["kl"].values()),
+        *((8, pattern, layers) for pattern in BORROWED for layers in alone),
+        *((8, pattern, layers) for pattern in BORROWED for layers in picked[pattern]["echoatt"].values()),
     ]
-    for number in range(1, layers):
-        of_size = sorted((s for s in measured if len(s) == number), key=lambda s: measured[s]["kl"])
-        for chooser in ("best", "kl", "sum", "greedy", "echoatt", "worst"):
-            layers_chosen = chosen(results, pattern)[chooser][number]
-            one = measured[layers_chosen]
-            lines.append(
-                f"| {number} of {layers} ({number / layers:.0%}) | {chooser} | {', '.join(map(str, layers_chosen))} | "
-                f"{one['loss']:.3f} | {one['kl']:.4f} | {one['top1_agreement']:.1%} | "
-                f"{of_size.index(layers_chosen) + 1} of {len(of_size)} |"
+    for heads, pattern, layers in dict.fromkeys(wanted):
+        for init in INITS[pattern] if layers else ("own",):
+            yield SharingCell(
+                objective="none",
+                budget_fraction=0.0,
+                num_key_value_heads=heads,
+                seed=0,
+                method=GROUPED,
+                pattern=pattern,
+                shared_layers=layers,
+                shared_init=init,
             )
-    return "\n".join(lines)
-
-
-def uptrained_table(results: list[dict]) -> str:
-    """Means over seeds."""
-    groups: dict[tuple, list[dict]] = {}
-    for one in results:
-        if "after" in one:
-            key = one["budget_fraction"], one["num_key_value_heads"], one["pattern"], tuple(one["shared_layers"])
-            groups.setdefault(key, []).append(one)
-    lines = [
-        "| tokens | KV heads | pattern | layers that borrow | chooser | loss before | KL before | loss after | KL after | top-1 | seeds |"
-    ]
-    lines.append("|" + "---|" * 11)
-    for (share, heads, pattern, layers), found in sorted(
-        groups.items(), key=lambda pair: (pair[0][:3], len(pair[0][3]), pair[0][3])
-    ):
-        picked = chosen(results, pattern)
-        names = [name for name in ("kl", "echoatt", "best") if picked[name][len(layers)] == layers]
-        before = [statistics.fmean(one["before"][name] for one in found) for name in ("loss", "kl")]
-        after = [statistics.fmean(one["after"][name] for one in found) for name in ("loss", "kl", "top1_agreement")]
-        spread = f" ± {statistics.stdev(one['after']['loss'] for one in found):.3f}" if len(found) > 1 else ""
-        lines.append(
-            f"| {found[0]['tokens']:,} ({share:.0%}) | {heads} | {pattern} | {', '.join(map(str, layers))} | {', '.join(names)} | "
-            f"{before[0]:.3f} | {before[1]:.3f} | {after[0]:.3f}{spread} | {after[1]:.3f} | {after[2]:.1%} | {len(found)} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(results: list[dict], path: Path) -> None:
-    """KL over the fraction of layers that borrow, a panel for each pattern: before uptraining lines, after it markers."""
-    from matplotlib import style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    found = {one["cell"]: one for one in results}
-    layers = len(found["similarity"]["similarity"])
-    colors = {"kl": "C0", "echoatt": "C3", "best": "C2", "worst": "C7"}
-    with style.context({"svg.hashsalt": "sharing", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        FigureCanvasSVG(figure)
-        for axes, pattern in zip(figure.subplots(1, 2, sharey=True), BORROWED, strict=True):
-            measured = {borrowers_of(one): one["kl"] for one in found[f"subsets {pattern}"]["subsets"]}
-            picked = chosen(results, pattern)
-            for name, color in colors.items():
-                x = [100 * number / layers for number in picked[name]]
-                y = [measured[borrowers] for borrowers in picked[name].values()]
-                axes.plot(
-                    x,
-                    y,
-                    marker=".",
-                    color=color,
-                    label=f"{name}, before uptraining",
-                    linestyle="-" if name in CHOOSERS else ":",
-                )
-            trained = [one for one in results if "after" in one and one["pattern"] == pattern]
-            for heads, share, name in sorted(
-                {(o["num_key_value_heads"], o["budget_fraction"], n) for o in trained for n in CHOOSERS}
-            ):
-                here = [
-                    one
-                    for one in trained
-                    if (one["num_key_value_heads"], one["budget_fraction"]) == (heads, share)
-                    and tuple(one["shared_layers"]) == picked[name].get(len(one["shared_layers"]))
-                ]
-                if here:
-                    axes.scatter(
-                        [100 * one["shared_fraction"] for one in here],
-                        [one["after"]["kl"] for one in here],
-                        color=colors[name],
-                        marker={(8, 0.01): "o", (8, 0.05): "s", (2, 0.01): "^"}.get((heads, share), "x"),
-                        label=f"{name}, {share:.0%} uptrained" + (f", {heads} KV heads" if heads != 8 else ""),
-                    )
-            axes.set_yscale("log")
-            axes.set_title(pattern)
-            axes.set_xlabel("layers that borrow, %")
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-        figure.axes[0].set_ylabel("KL to the donor on held-out text, nats per token")
-        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -327,7 +258,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--donor", choices=DONORS, default="prose")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", default="", help="uptrain only cells whose name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="students whose cell's name holds the first, the second, ..."
+    )
     parser.add_argument("--no-uptraining", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -340,13 +273,17 @@ def main() -> None:
         logging.disable_progress_bar()
         bench = SharingBench(asked.donor, asked.data, output)
         bench.analysis()
-        for cell in () if asked.no_uptraining else grid(bench):
-            if asked.only in cell.name:
-                bench.once(cell.name, lambda cell=cell: bench.uptrained(cell))
+        for wanted in asked.only:
+            for cell in untrained_grid(bench):
+                if wanted in f"{cell.way} untrained":
+                    bench.once(f"{cell.way} untrained", lambda cell=cell: bench.untrained(cell))
+            for cell in () if asked.no_uptraining else grid(bench):
+                if wanted in cell.name:
+                    bench.once(cell.name, lambda cell=cell: bench.uptrained(cell))
     results = read(output)
     if asked.plot is not None:
         plot(results, asked.plot)
-    print("\n\n".join([*(choice_table(results, pattern) for pattern in BORROWED), uptrained_table(results)]))
+    print(all_tables(results))
 
 
 if __name__ == "__main__":

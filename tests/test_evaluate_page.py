@@ -144,7 +144,15 @@ def test_verdict_says_that_recall_fell_where_the_donor_had_it():
 def test_the_terminal_shows_the_same(capsys):
     print_report(sample_report())
     printed = capsys.readouterr().out
-    for words in ("perplexity", "cache per token, measured", "recall", "by tokens of context", "speed", "KL", "tokens that fit"):
+    for words in (
+        "perplexity",
+        "cache per token, measured",
+        "recall",
+        "by tokens of context",
+        "speed",
+        "KL",
+        "tokens that fit",
+    ):
         assert words in printed
     assert verdict(sample_report()) in printed.replace("\n", " ")
     print_report(sample_report(retrieval=(), speed=(), tasks=()))

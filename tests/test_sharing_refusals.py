@@ -130,7 +130,7 @@ def test_configuration_with_such_a_table_is_refused():
         ({"sharing": "echo", "share_every": 1}, "share_every = 1 is not a whole number from 2. Use 2 or more."),
         (
             {"sharing": "echo", "share_every": 2, "shared_init": "median"},
-            "shared_init = 'median' is unknown. Use one of own, mean.",
+            "shared_init = 'median' is unknown. Use one of own, mean, fit.",
         ),
         (
             {"layer_plan": [{"num_key_value_heads": 4}], "sharing": "echo", "share_every": 2},

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+import torch
 import typer
 from rich.table import Table
 
-from ..convert.calibration import Calibration
+from ..convert.calibration import Calibration, calibrate
 from ..convert.donor import Donor, open_donor
 from ..convert.plan import EXPORTS, ConversionPlan
 from ..convert.target import choose_target
-from ..export.calibration_text import DEFAULT_TOKENS, SAVED, dataset_source, make_calibration
+from ..export.calibration_text import DEFAULT_TOKENS, SAVED, calibration_text, dataset_source, memory_note
 from ..export.explanation import Explanation, explain
 from ..export.write_student import convert_checkpoint
 from ..human_units import human_bytes, human_count
@@ -102,15 +103,16 @@ def _convert(
     """The explanation and, of a plan that was to be found, what was tried."""
     known = found = None
     if isinstance(plan, WantedSearch):
-        known = _calibration(donor, *text)
+        known = _made(donor, _calibration(donor, *text))
         found = plan.search(donor, known)
         plan = found.plan
     explanation = explain(donor, plan, choose_target(donor, plan))
+    explanation.notes.extend(_memory_notes(donor, plan, *text))
     choice = found and found.to_dict()
     if not json:
         _print_plan(explanation, output, found)
     if not dry_run:
-        known = known or _calibration(donor, *text)
+        known = _calibration(donor, *text) if known is None else known
         convert_checkpoint(donor, output, plan, calibration=known, choice=choice, overwrite=overwrite)
     return explanation, choice
 
@@ -128,7 +130,8 @@ def _say_what_was_done(
 
 def _calibration(
     donor: Donor, files: list[str], dataset: str | None, tokens: int | None, seed: int, save: Path | None
-) -> Calibration | None:
+) -> Calibration | torch.Tensor | None:
+    """What is known of the donor; rows of text where that is all that is asked for, which take less memory."""
     if save is not None and save.suffix != SAVED:
         raise Refusal(f"--save-calibration {save}: a calibration is a {SAVED} file. Give it such a name.")
     if not files and dataset is None and tokens is None:
@@ -136,10 +139,24 @@ def _calibration(
             raise Refusal("--save-calibration: there is none. Give --calibration or --calibration-tokens.")
         return None
     source = None if dataset is None else dataset_source(dataset)
-    made = make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed, source)
+    known = calibration_text(donor, files, DEFAULT_TOKENS if tokens is None else tokens, seed, source)
     if save is not None:
-        made.write(save)
-    return made
+        known = _made(donor, known)
+        known.write(save)
+    return known
+
+
+def _made(donor: Donor, known: Calibration | torch.Tensor | None) -> Calibration | None:
+    return calibrate(donor, None, known) if isinstance(known, torch.Tensor) else known
+
+
+def _memory_notes(
+    donor: Donor, plan: ConversionPlan, files: list[str], dataset: str | None, tokens: int | None, *_
+) -> list[str]:
+    if not files and dataset is None and tokens is None:
+        return []
+    note = memory_note(donor, plan, files, bool(files) or dataset is not None)
+    return [] if note is None else [note]
 
 
 def _print_plan(explanation: Explanation, output: Path, found: FoundPlan | None) -> None:

@@ -25,7 +25,8 @@ ShareEvery = Annotated[
 SharedInit = Annotated[
     str,
     typer.Option(
-        help=f"What shared weights start from: {', '.join(SHARED_INITS)}; own is the lender's, mean that of all who use it."
+        help=f"What shared layers start from: {', '.join(SHARED_INITS)}; own is the lender's weights, mean that of all who use them, "
+        f"fit the lender's, to which queries and outputs of borrowers are fitted on the calibration text."
     ),
 ]
 ConvertEncoder = Annotated[

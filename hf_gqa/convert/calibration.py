@@ -6,7 +6,7 @@ Shapes: N rows, L tokens of a row, F = E + 1 (hidden and a constant one).
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,13 @@ from ..refusal import Refusal
 from ..staging import staged_file
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_statistics import HeadStatistics, MomentSum
+from .borrower_fit import fitted_borrowers
 from .donor import Donor
-from .layer_conversion import SequentialConversion
+from .heads_on_disk import HeadsOnDisk
+from .layer_conversion import SequentialConversion, converted_layer
 from .layer_run import LayerRun
 from .plan import ConversionPlan
+from .stored_model import loaded_whole, model_to_run
 from .surgery import layer_heads
 from .target import Target
 
@@ -71,11 +74,11 @@ class Calibration:
         return cls(donor=metadata["donor"], tokens_NL=tokens_NL, statistics=statistics)
 
 
-def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> Calibration:
+def calibrate(donor: Donor, model: PreTrainedModel | None, tokens_NL: torch.Tensor) -> Calibration:
     """Run the donor over the text once, layer by layer.
 
     Args:
-        model: the donor loaded.
+        model: the donor loaded; None for one on disk, of which one layer at a time is read then.
         tokens_NL: rows of tokens; each token attends to all before it in its row.
 
     Raises:
@@ -84,29 +87,28 @@ def calibrate(donor: Donor, model: PreTrainedModel, tokens_NL: torch.Tensor) -> 
     Warns:
         UserWarning: too few tokens for the donor's width.
     """
-    check_decoder(donor)
-    _check_rows(tokens_NL, donor)
-    tokens_NL, needed = tokens_NL.to(torch.int32), TOKENS_PER_DIMENSION * donor.config.hidden_size
-    if tokens_NL.numel() < needed:
-        warnings.warn(
-            f"calibration: {tokens_NL.numel():,} tokens say little about {donor.config.hidden_size:,} dimensions; what they "
-            f"are silent on is left as it is. Give {needed:,} tokens or more.",
-            stacklevel=2,
-        )
-    run = LayerRun(model, donor.layout, tokens_NL.long())
-    hidden, statistics = run.embedded, []
+    tokens_NL = _checked_rows(tokens_NL, donor)
+    run = LayerRun(model_to_run(donor) if model is None else model, donor.layout, tokens_NL.long())
     with progress_bar("Calibrating", donor.config.num_hidden_layers, "layer") as bar:
-        for layer_idx in range(donor.config.num_hidden_layers):
-            total = MomentSum(hidden[0].shape[-1])
-            hidden = run.outputs(
-                layer_idx,
-                run.layer(layer_idx),
-                hidden,
-                lambda _, seen, total=total: total.add(seen["inputs"].flatten(0, 1)),
-            )
-            statistics.append(total.statistics())
+        statistics = []
+        for found in _statistics(donor, run):
+            statistics.append(found)
             bar.update()
     return Calibration(donor=fingerprint(donor), tokens_NL=tokens_NL, statistics=tuple(statistics))
+
+
+def _statistics(donor: Donor, run: LayerRun) -> Iterator[HeadStatistics]:
+    """Of each layer's inputs, from the bottom up."""
+    hidden = run.embedded
+    for layer_idx in range(donor.config.num_hidden_layers):
+        total = MomentSum(hidden[0].shape[-1])
+        hidden = run.outputs(
+            layer_idx,
+            run.layer(layer_idx),
+            hidden,
+            lambda _, seen, total=total: total.add(seen["inputs"].flatten(0, 1)),
+        )
+        yield total.statistics()
 
 
 def check_decoder(donor: Donor) -> None:
@@ -126,7 +128,9 @@ def check_decoder(donor: Donor) -> None:
         )
 
 
-def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
+def _checked_rows(tokens_NL: torch.Tensor, donor: Donor) -> torch.Tensor:
+    """As int32; warns of too few."""
+    check_decoder(donor)
     if tokens_NL.dim() != 2 or tokens_NL.is_floating_point() or not tokens_NL.numel():
         raise Refusal(
             f"calibration: got {tokens_NL.dtype} of shape {list(tokens_NL.shape)}. Give rows of token ids, [rows, tokens]."
@@ -142,6 +146,14 @@ def _check_rows(tokens_NL: torch.Tensor, donor: Donor) -> None:
             f"calibration: its token ids go from {int(tokens_NL.min())} to {int(tokens_NL.max())}, those of "
             f"'{donor.name}' from 0 to {vocabulary - 1}. Use the donor's own tokenizer."
         )
+    needed = TOKENS_PER_DIMENSION * donor.config.hidden_size
+    if tokens_NL.numel() < needed:
+        warnings.warn(
+            f"calibration: {tokens_NL.numel():,} tokens say little about {donor.config.hidden_size:,} dimensions; what they "
+            f"are silent on is left as it is. Give {needed:,} tokens or more.",
+            stacklevel=3,
+        )
+    return tokens_NL.to(torch.int32)
 
 
 def fingerprint(donor: Donor) -> str:
@@ -171,39 +183,69 @@ def calibrated(
     target: Target,
     calibration: Calibration | torch.Tensor | None,
     model: PreTrainedModel | None = None,
+    scratch: Path | None = None,
 ) -> dict:
     """What `converted_shards` needs to know of the text: `statistics`, and layers that were `converted` already.
 
+    Rows of tokens are looked at and forgotten layer by layer: each layer is converted as soon as the donor has gone past
+    it, where layers do not lend each other heads.
+
     Args:
         calibration: made before, or rows of tokens to make it of; None: nothing is known.
-        model: the donor loaded; by default it is, where that is needed.
+        model: the donor loaded; by default it is read from its files, one layer at a time where that can be.
+        scratch: folder to make, in which converted layers wait; by default they do so in memory.
 
     Raises:
-        Refusal: the calibration of another donor.
+        Refusal: the calibration of another donor, or none for borrowers that shall be fitted.
     """
+    fits = plan.shared_init == "fit"
     if calibration is None:
-        return {}
+        if not fits:
+            return {}
+        raise Refusal(
+            "shared_init = fit: fits borrowers to what the donor computes on text, and there is none. Give --calibration or "
+            "--calibration-tokens (calibration= in Python), or use shared_init = own."
+        )
     check_decoder(donor)
-    if isinstance(calibration, Calibration) and calibration.donor != fingerprint(donor):
+    is_made = isinstance(calibration, Calibration)
+    if is_made and calibration.donor != fingerprint(donor):
         raise Refusal(
             f"calibration: was made with another donor than '{donor.name}', whose weights differ. Calibrate this one."
         )
-    observes = any(getattr(METHODS.get(name), "observes", False) for name in plan.method)
-    if model is None and (observes or not isinstance(calibration, Calibration)):
-        model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto")
-    if not isinstance(calibration, Calibration):
-        calibration = calibrate(donor, model, calibration)
-    converted = dict(_sequentially_converted(donor, model, plan, target, calibration)) if observes else {}
-    return {"statistics": calibration.statistics, "converted": converted}
-
-
-def _sequentially_converted(
-    donor: Donor, model: PreTrainedModel, plan: ConversionPlan, target: Target, calibration: Calibration
-) -> Iterator[tuple[int, AttentionWeights]]:
-    """Each layer's converted heads, from the bottom up."""
-    sequence = SequentialConversion(donor, model, calibration.tokens_NL.long())
-    with progress_bar("Fitting", donor.config.num_hidden_layers, "layer") as bar:
-        for layer_idx, heads in layer_heads(donor):
-            wanted = target.rows[layer_idx].num_key_value_heads
-            yield layer_idx, sequence.layer(plan, heads, layer_idx, wanted, calibration.statistics[layer_idx])
+    if not is_made and any(row.borrows for row in target.rows):
+        calibration, is_made = calibrate(donor, model, calibration), True
+    statistics = calibration.statistics if is_made else None
+    if is_made and not (observes(plan) or fits):
+        return {"statistics": statistics}
+    tokens_NL = (calibration.tokens_NL if is_made else _checked_rows(calibration, donor)).long()
+    if model is None:
+        model = loaded_whole(donor) if fits else model_to_run(donor)
+    if fits:
+        return {"statistics": statistics, "converted": fitted_borrowers(donor, model, plan, target, tokens_NL)}
+    layers = _converted(donor, LayerRun(model, donor.layout, tokens_NL), plan, target, statistics)
+    with progress_bar("Converting layers", donor.config.num_hidden_layers, "layer") as bar:
+        converted = {} if scratch is None else HeadsOnDisk(scratch)
+        for layer_idx, heads in layers:
+            converted[layer_idx] = heads
             bar.update()
+    return {"statistics": statistics, "converted": converted}
+
+
+def observes(plan: ConversionPlan) -> bool:
+    """Whether one of its methods must see the student compute."""
+    return any(getattr(METHODS.get(name), "observes", False) for name in plan.method)
+
+
+def _converted(
+    donor: Donor, run: LayerRun, plan: ConversionPlan, target: Target, statistics: Sequence[HeadStatistics] | None
+) -> Iterator[tuple[int, AttentionWeights]]:
+    """Each layer's converted heads, from the bottom up; statistics that were not gathered before are on the way."""
+    wanted = [row.num_key_value_heads for row in target.rows]
+    if observes(plan):
+        sequence = SequentialConversion(donor, run)
+        for layer_idx, heads in layer_heads(donor):
+            seen = None if statistics is None else statistics[layer_idx]
+            yield layer_idx, sequence.layer(plan, heads, layer_idx, wanted[layer_idx], seen)
+        return
+    for (layer_idx, heads), seen in zip(layer_heads(donor), _statistics(donor, run), strict=True):
+        yield layer_idx, converted_layer(donor, plan, heads, layer_idx, wanted[layer_idx], seen)

@@ -6,11 +6,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runtime.grouped_attention import NAME
+from .assembled import assembled_student
 from .calibration import Calibration, calibrated
 from .donor import donor_from_model
 from .grouped_attention import use_grouped_attention
 from .plan import ConversionPlan, make_plan
-from .surgery import converted_shards
 from .target import choose_target
 
 
@@ -41,19 +41,9 @@ def convert(
     plan = make_plan(plan, plan_fields)
     donor = donor_from_model(model)
     target = choose_target(donor, plan)
-    state, attention = {}, _attention_for(target.model_class, model.config._attn_implementation)
-    for _, tensors in converted_shards(donor, plan, target, **calibrated(donor, plan, target, calibration, model)):
-        state.update((name, tensor.clone()) for name, tensor in tensors.items())
-    student, loading = target.model_class.from_pretrained(
-        None,
-        config=target.config,
-        state_dict=dict(state),
-        dtype=model.dtype,
-        attn_implementation="eager" if attention == NAME else attention,
-        output_loading_info=True,
-    )
-    assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
-    _restore_dtypes(student, state)
+    attention = _attention_for(target.model_class, model.config._attn_implementation)
+    known = calibrated(donor, plan, target, calibration, model)
+    student = assembled_student(donor, plan, target, known, model.dtype, "eager" if attention == NAME else attention)
     if attention == NAME:  # not by name: it may be a class that transformers keeps from everything called sdpa
         use_grouped_attention(student)
     if getattr(model, "generation_config", None) is not None:
@@ -65,10 +55,3 @@ def convert(
 def _attention_for(model_class: type[PreTrainedModel], wanted: str) -> str | None:
     """The donor's attention implementation; the default where a class does not call attention through an interface."""
     return wanted if wanted == "eager" or model_class._can_set_attn_implementation() else None
-
-
-def _restore_dtypes(student: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Loading casts everything to one dtype; a donor of several keeps them."""
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        if name in state and tensor.dtype != state[name].dtype:
-            tensor.data = state[name]

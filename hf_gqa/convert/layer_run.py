@@ -16,6 +16,7 @@ from ..runtime.attention_layout import AttentionLayout
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import read_heads, write_heads
 from ..weights.rotation import Rotation, turns
+from .stored_model import StoredModel
 
 
 Batches = list[torch.Tensor]
@@ -25,7 +26,7 @@ class LayerRun:
     """A donor's layers in float32, one copied at a time; between layers, only the rows' hidden states are kept.
 
     Args:
-        model: the donor; untouched.
+        model: the donor, untouched: loaded, or stored, of which then no more has values than the copied layer.
         tokens_NL: rows to run on.
         batch_size: rows at once.
 
@@ -33,27 +34,43 @@ class LayerRun:
         embedded: what the first layer reads, batch by batch.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: AttentionLayout, tokens_NL: torch.Tensor, batch_size: int = 8):
-        self.base, self.layout = model.base_model, layout
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel | StoredModel,
+        layout: AttentionLayout,
+        tokens_NL: torch.Tensor,
+        batch_size: int = 8,
+    ):
+        self.model, self.base, self.layout = model, model.base_model, layout
         self.layers_path = re.match(r"(.*?)\.\{layer_idx\}", layout.attention)[1]
         layers = self.base.get_submodule(self.layers_path)
         recorders = nn.ModuleList(_Recorder(layer) for layer in layers)
-        around = copy.deepcopy(self.base, {id(layers): recorders}).float().eval()
+        around = self._copied(self.base, "", {id(layers): recorders})
+        device = next(around.parameters()).device
         self.embedded: Batches = []
         self.arguments: list[list[tuple[tuple, dict]]] = []
         for rows_BL in tokens_NL.split(batch_size):
-            around(rows_BL.to(self.base.device), use_cache=False)
+            around(rows_BL.to(device), use_cache=False)
             self.embedded.append(recorders[0].hidden_states)
             self.arguments.append([recorder.arguments for recorder in recorders])
 
-    def layer(self, layer_idx: int, heads: AttentionWeights | None = None) -> nn.Module:
-        """A copy; `heads` may have fewer KV heads, which are repeated until there are as many as the donor has."""
-        layer = copy.deepcopy(self.base.get_submodule(f"{self.layers_path}.{layer_idx}")).float().eval()
-        if heads is not None:
-            put_heads(self.layout, self._attention(layer, layer_idx), heads)
-        return layer
+    def _copied(self, part: nn.Module, path: str, instead: dict | None = None) -> nn.Module:
+        copied = copy.deepcopy(part, instead)
+        if isinstance(self.model, StoredModel):
+            self.model.fill(copied, path)
+        return copied.float().eval()
 
-    def _attention(self, layer: nn.Module, layer_idx: int) -> nn.Module:
+    def layer(self, layer_idx: int) -> nn.Module:
+        """A copy of one layer."""
+        path = f"{self.layers_path}.{layer_idx}"
+        return self._copied(self.base.get_submodule(path), path)
+
+    def put_heads(self, layer_idx: int, layer: nn.Module, heads: AttentionWeights) -> None:
+        """Overwrite the heads of a copied layer."""
+        put_heads(self.layout, self.attention_in(layer, layer_idx), heads)
+
+    def attention_in(self, layer: nn.Module, layer_idx: int) -> nn.Module:
         return layer.get_submodule(self.layout.attention.format(layer_idx=layer_idx).split(f".{layer_idx}.", 1)[1])
 
     @torch.no_grad()
@@ -73,7 +90,7 @@ class LayerRun:
             picked: numbers of the batches to run; by default all.
         """
         seen = {}
-        attention = self._attention(layer, layer_idx)
+        attention = self.attention_in(layer, layer_idx)
         output = attention.get_submodule(self.layout.output)
 
         def before(module, args, kwargs):
@@ -101,14 +118,15 @@ class LayerRun:
             hook.remove()
         return found
 
-    def attention_arguments(self, layer_idx: int, number: int, rotation: Rotation | None) -> dict:
-        """What `AttentionRows` says of a layer's attention in one batch, besides its inputs.
+    def attention_arguments(self, layer_idx: int, layer: nn.Module, number: int, rotation: Rotation | None) -> dict:
+        """What `AttentionRows` says of a copied layer's attention in one batch, besides its inputs.
 
         Raises:
             Refusal: the attention adds or multiplies something that is not known here.
         """
         args, kwargs = self.arguments[number][layer_idx]
-        attention = self.base.get_submodule(self.layout.mixing_module(layer_idx))
+        attention = self.attention_in(layer, layer_idx)
+        attention = attention.get_submodule(self.layout.inner) if self.layout.inner else attention
         turn_BLP = None if rotation is None else _turns_of(attention, kwargs, rotation)
         mask_BHLS = _mask_of(attention, [*args, kwargs.get("attention_mask")], self.embedded[number])
         return {
@@ -126,6 +144,14 @@ def put_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWei
     repeated = heads.map_key_value(lambda tensor_K: tensor_K.repeat_interleave(copies, dim=0))
     for name, tensor in write_heads(layout, repeated).items():
         attention.get_parameter(name).data.copy_(tensor)
+
+
+def put_owned_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWeights) -> None:
+    """Overwrite those of the heads' tensors that an attention has; it may borrow the others."""
+    owned = dict(attention.named_parameters())
+    for name, tensor in write_heads(layout, heads).items():
+        if name in owned:
+            owned[name].data.copy_(tensor)
 
 
 def _turns_of(attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:

@@ -9,7 +9,7 @@ from ..sharing import SHARINGS, every, nearest_owners
 
 
 EXPORTS = ("auto", "native", "bundle")
-SHARED_INITS = ("own", "mean")
+SHARED_INITS = ("own", "mean", "fit")
 # Left out of the JSON where they say nothing.
 SELDOM_SAID = ("shared_layers", "share_every", "shared_init", "layer_plan", "convert_encoder")
 
@@ -24,8 +24,9 @@ class ConversionPlan:
         sharing: name of the pattern by which layers share.
         shared_layers: the layers that borrow, each from the nearest earlier layer of its type that does not.
         share_every: in place of them: of so many consecutive layers of a type, all but the first borrow.
-        shared_init: what is lent: "own", what the lender's weights are in the donor, or "mean", over the lender and all that
-            borrow from it.
+        shared_init: what is lent, and to whom: "own", what the lender's weights are in the donor; "mean", over the lender and
+            all that borrow from it; "fit", the lender's own again, to which borrowers are fitted on calibration text: which
+            of their heads reads which of the lender's, with what queries, and their output projections.
         layer_plan: in place of all these, the rows of the table, for what no pattern says.
         export: "native" for the donor's own class, "bundle" for self-contained code, "auto" for native if it can be.
         seed: of the methods that draw random numbers.

@@ -1,6 +1,7 @@
 """What a checkpoint stores against what its class has: nothing missing, unknown, of another shape, or quantized."""
 
 import re
+from collections.abc import Callable
 
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -16,6 +17,16 @@ REBUILT_BUFFERS = (
 )
 
 
+def class_names(model: PreTrainedModel, family: Family, composite: Composite | None) -> Callable[[str], str]:
+    """Name of a tensor in a checkpoint -> below the base model of its class, for comparison with others so made."""
+
+    def plain(name: str) -> str:
+        name = family.own_name(name.removeprefix(f"{model.base_model_prefix}."))
+        return name if composite is None else composite.plain(name)
+
+    return plain
+
+
 def check_tensors(
     where: str, model: PreTrainedModel, family: Family, composite: Composite | None, tensors: Checkpoint | StateDict
 ) -> tuple[frozenset[str], bool]:
@@ -26,11 +37,7 @@ def check_tensors(
     A checkpoint may be of the base model or of a head class, with or without the base model's prefix, and in the layout of
     the class or in that of published checkpoints, from which transformers converts when it loads (experts by themselves).
     """
-
-    def plain(name: str) -> str:
-        name = family.own_name(name.removeprefix(f"{model.base_model_prefix}."))
-        return name if composite is None else composite.plain(name)
-
+    plain = class_names(model, family, composite)
     states = [model.state_dict(), revert_weight_conversion(model, model.state_dict())]
     layouts = [{plain(name): tuple(t.shape) for name, t in state.items()} for state in states]
     stored = {}

@@ -77,6 +77,13 @@ def head_tensors(donor: Donor) -> dict[str, tuple[int, str]]:
     }
 
 
+def head_bytes(donor: Donor) -> int:
+    """Of all tensors that hold heads."""
+    places = head_tensors(donor)
+    stored = (name for shard in donor.tensors.shards.values() for name in shard)
+    return sum(donor.tensors.size_bytes(name) for name in stored if name in places)
+
+
 def _read_row(donor: Donor, row_idx: int, attention: str, names: set[str]) -> AttentionWeights:
     def get(name: str) -> torch.Tensor | None:
         full = f"{attention}.{name}"

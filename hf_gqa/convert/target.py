@@ -119,14 +119,22 @@ def _check_observing(donor: Donor, plan: ConversionPlan, rows: tuple[LayerPlan, 
 
 
 def _check_shared_init(plan: ConversionPlan, rows: tuple[LayerPlan, ...]) -> None:
+    tied = [layer_idx for layer_idx, row in enumerate(rows) if row.parameters_from is not None]
+    if plan.shared_init == "fit" and tied:
+        raise Refusal(
+            f"shared_init = fit: layer {tied[0]} computes with the weights of another, which cannot fit one layer more than the "
+            f"other. Use shared_init = own or mean."
+        )
+    if plan.shared_init == "fit" and not any(row.borrows_states for row in rows):
+        raise Refusal("shared_init = fit: fits layers to what they borrow, and none borrows. Use shared_init = own.")
     lent = any(
         row.parameters_from is not None or (row.query_from is None and (row.key_from, row.value_from) != (None, None))
         for row in rows
     )
-    if plan.shared_init != "own" and not lent:
+    if plan.shared_init == "mean" and not lent:
         raise Refusal(
-            f"shared_init = {plan.shared_init}: is about weights, and about keys and values for other queries, that a layer "
-            f"lends, and there are none. Use shared_init = own."
+            "shared_init = mean: is about weights, and about keys and values for other queries, that a layer "
+            "lends, and there are none. Use shared_init = own."
         )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..convert.calibration import Calibration, calibrate, fingerprint
+from ..convert.calibration import Calibration, calibrate, fingerprint, observes
 from ..convert.donor import Donor
+from ..convert.plan import ConversionPlan
+from ..convert.stored_model import loaded_whole, why_loaded_whole
 from ..convert.student import load_tokenizer
 from ..refusal import Refusal
 from ..text.packing import packed_rows
@@ -46,11 +48,23 @@ def make_calibration(
     seed: int = 0,
     dataset: TextSource | None = None,
 ) -> Calibration:
-    """Calibrate a donor on disk.
+    """Calibrate a donor on disk with what `calibration_text` gives."""
+    given = calibration_text(donor, files, tokens, seed, dataset)
+    return given if isinstance(given, Calibration) else calibrate(donor, None, given)
+
+
+def calibration_text(
+    donor: Donor,
+    files: Sequence[str | Path] = (),
+    tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
+    dataset: TextSource | None = None,
+) -> Calibration | torch.Tensor:
+    """Rows of tokens for a donor on disk, or the calibration that was made of some before.
 
     Args:
         files: text files or folders, as for uptraining; or one `.safetensors` file that a calibration was written to;
-            none: the donor writes its own text.
+            none: the donor, loaded whole, writes its own text.
         tokens: most to look at; of longer files, rows from all over.
         seed: of the sampled text.
         dataset: in place of files; of a streamed one, the first rows.
@@ -60,7 +74,7 @@ def make_calibration(
     """
     if files and dataset is not None:
         raise Refusal("calibration: files and a dataset are given. Give one of them.")
-    if any(Path(file).suffix == SAVED for file in files):
+    if is_saved(files):
         if len(files) > 1:
             raise Refusal(f"calibration: {SAVED} files are calibrations of their own. Give one, or text files.")
         return Calibration.read(Path(files[0]))
@@ -70,13 +84,30 @@ def make_calibration(
         raise Refusal(
             f"calibration: a {donor.model_class.__name__} predicts no tokens, so it cannot write its own text. Give text files."
         )
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
     tokenizer = load_tokenizer(donor.folder)
     length = min(MOST_ROW_TOKENS, donor.longest_tokens or MOST_ROW_TOKENS)
     if not (files or dataset):
-        return calibrate(donor, model, _written_rows(donor, model, tokenizer, tokens, length, seed))
-    source = dataset or TextSource(train_file=tuple(map(str, files)))
-    return calibrate(donor, model, _rows_of(source, tokenizer, tokens, length))
+        return _written_rows(donor, tokenizer, tokens, length, seed)
+    return _rows_of(dataset or TextSource(train_file=tuple(map(str, files))), tokenizer, tokens, length)
+
+
+def is_saved(files: Sequence[str | Path]) -> bool:
+    """Whether a calibration is given in place of text."""
+    return any(Path(file).suffix == SAVED for file in files)
+
+
+def memory_note(donor: Donor, plan: ConversionPlan, files: Sequence[str | Path], is_text: bool) -> str | None:
+    """Why calibrating takes the memory of the whole donor, if it does.
+
+    Args:
+        is_text: whether there are files or a dataset; otherwise the donor writes its own text.
+    """
+    if not is_text:
+        return "The donor is loaded whole, to write its own text. Text files take the memory of one layer."
+    if plan.shared_init == "fit":
+        return "Donor and student are held whole in memory while borrowers are fitted."
+    reason = None if is_saved(files) and not observes(plan) else why_loaded_whole(donor)
+    return reason and f"The donor is loaded whole for its calibration: {reason}."
 
 
 def _rows_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int) -> torch.Tensor:
@@ -89,8 +120,9 @@ def _rows_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, tokens: int
 
 
 def _written_rows(
-    donor: Donor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
+    donor: Donor, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
 ) -> torch.Tensor:
+    model = loaded_whole(donor)
     with tempfile.TemporaryDirectory() as scratch:
         rows = sampled_rows(
             model,

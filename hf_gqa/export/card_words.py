@@ -21,7 +21,7 @@ def facts(report: Report, licence: Licence) -> list[str]:
         f"KV heads of a layer: {after} instead of {before}, for {report.student.num_attention_heads} query heads "
         f"({report.student.num_hidden_layers} layers, {plain(report.student.model_class)})",
         f"Made with hf-gqa by {_method(conversion)}",
-        *(note.rstrip(".") for note in sharing_notes(_rows(conversion))),
+        *(note.rstrip(".") for note in sharing_notes(_rows(conversion), _shared_init(conversion))),
         _uptraining(report.conversion),
         f"Licence: {_licence(licence)}",
     ]
@@ -138,6 +138,10 @@ def _method(conversion: dict) -> str:
         + ("" if shared == "own" else f", layers sharing by {code(shared)}")
         + (f", as {exported}" if exported else "")
     )
+
+
+def _shared_init(conversion: dict) -> str:
+    return (conversion.get("plan") or {}).get("shared_init", "own")
 
 
 def _rows(conversion: dict) -> list[LayerPlan]:

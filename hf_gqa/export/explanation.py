@@ -96,7 +96,7 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
         before=before,
         after=after,
         files=list(donor.tensors.shards),
-        notes=[*_notes(donor, plan, heads, before, after), *sharing_notes(target.rows)],
+        notes=[*_notes(donor, plan, heads, before, after), *sharing_notes(target.rows, plan.shared_init)],
     )
 
 

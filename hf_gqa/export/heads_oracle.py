@@ -1,6 +1,7 @@
 """The donor, in its own class, with a student's heads in place of its own: what any student must compute."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from ..convert.manifest import Manifest
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
 from ..methods import METHODS
+from ..runtime.layer_plan import LayerPlan
 from ..weights.attention_weights import AttentionWeights
+from ..weights.head_tensors import read_heads
 
 
 def is_repeatable(manifest: Manifest, plan: ConversionPlan) -> bool:
@@ -52,3 +55,21 @@ def _converted_again(donor: Donor, plan: ConversionPlan, manifest: Manifest) -> 
 
 def _of_student(folder: Path) -> Iterator[tuple[int, AttentionWeights]]:
     return layer_heads(open_donor(folder, weights_only=True))
+
+
+@torch.no_grad()
+def put_fitted_borrowers(model: PreTrainedModel, donor: Donor, folder: Path, rows: Sequence[LayerPlan]) -> None:
+    """In place: what borrowers own in the student, in the donor's layers; what they borrow is left as it was.
+
+    Args:
+        model: the donor, loaded, its merged heads repeated.
+    """
+    for layer_idx, theirs in _of_student(folder):
+        if not rows[layer_idx].borrows_states:
+            continue
+        attention = model.base_model.get_submodule(donor.sites[layer_idx].path)
+        own = read_heads(donor.layout, dict(attention.named_parameters()).get, *theirs.output_EHD.shape[1:])
+        copies = own.num_key_value_heads // rows[layer_idx].num_key_value_heads
+        found = {part.name: getattr(theirs, part.name) for part in fields(theirs)}
+        owned = {name: tensor for name, tensor in found.items() if tensor is not None}
+        put_heads(donor.layout, attention, replace(own.map_key_value(lambda t, n=copies: t[::n].clone()), **owned))

@@ -5,9 +5,16 @@ from collections.abc import Sequence
 from ..runtime.layer_plan import LayerPlan
 
 
-def sharing_notes(rows: Sequence[LayerPlan]) -> list[str]:
-    """One sentence or two for each kind of sharing in the table."""
-    return [f"{_layers(layers, len(rows))} {words}" for layers, words in _kinds(rows) if layers]
+def sharing_notes(rows: Sequence[LayerPlan], shared_init: str = "own") -> list[str]:
+    """One sentence or two for each kind of sharing in the table, and for what borrowers start from."""
+    found = [f"{_layers(layers, len(rows))} {words}" for layers, words in _kinds(rows) if layers]
+    borrowers = [layer_idx for layer_idx, row in enumerate(rows) if row.borrows_states]
+    if shared_init == "fit":
+        found.append(
+            f"{_layers(borrowers, len(rows))}: fitted on calibration text to what is lent, namely which of the heads reads which "
+            "of the lender's, with what queries where these are the layer's own, and the output projection."
+        )
+    return found
 
 
 def _kinds(rows: Sequence[LayerPlan]) -> list[tuple[list[int], str]]:

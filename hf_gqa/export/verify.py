@@ -24,7 +24,7 @@ from ..runtime.layer_plan import LayerPlan
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import write_heads
 from . import fresh_process
-from .heads_oracle import put_converted_heads
+from .heads_oracle import put_converted_heads, put_fitted_borrowers
 from .sharing_oracle import share_layers
 
 
@@ -194,11 +194,12 @@ def _check_oracle(donor: Donor, folder: Path, manifest: Manifest, dtype: str, st
         donor.folder, config=donor.model_config, dtype=getattr(torch, dtype)
     ).eval()
     try:
-        whose = "" if merged_slowly else f", {put_converted_heads(model, donor, folder, manifest)}"
+        fitted = ", borrowers as they were fitted" if plan.shared_init == "fit" else ""
+        whose = fitted if merged_slowly else f", {put_converted_heads(model, donor, folder, manifest)}"
     except Refusal as refusal:
         return Check(name=name, passed=None, detail=f"the student's heads cannot be read: {refusal}")
     if merged_slowly:
-        _merge_slowly(model, donor, plan, rows)
+        _merge_slowly(model, donor, plan, rows, folder)
     oracle = _logits(model)
     mask = fresh_process.probe(donor.config.vocab_size)[1].bool()
     if donor.layout.cross_attention is not None:  # what is padded there is what the encoder reads
@@ -213,8 +214,10 @@ def _check_oracle(donor: Donor, folder: Path, manifest: Manifest, dtype: str, st
 
 
 @torch.no_grad()
-def _merge_slowly(model: PreTrainedModel, donor: Donor, plan: ConversionPlan, rows: list[LayerPlan]) -> None:
-    """In place: the donor's KV heads are overwritten by what each group becomes."""
+def _merge_slowly(
+    model: PreTrainedModel, donor: Donor, plan: ConversionPlan, rows: list[LayerPlan], folder: Path
+) -> None:
+    """In place: the donor's KV heads are overwritten by what each group becomes, fitted borrowers' by the student's."""
     base = model.base_model
     for layer_idx, heads in layer_heads(donor):
         wanted = rows[layer_idx].num_key_value_heads
@@ -223,6 +226,8 @@ def _merge_slowly(model: PreTrainedModel, donor: Donor, plan: ConversionPlan, ro
             attention = base.get_submodule(donor.sites[layer_idx].path)
             for name, tensor in written.items():
                 attention.get_parameter(name).copy_(tensor)
+    if plan.shared_init == "fit":
+        put_fitted_borrowers(model, donor, folder, rows)
     if any(row.borrows for row in rows):
         share_layers(model, donor.layout, rows, donor.head_dim, plan.shared_init)
 

@@ -17,12 +17,15 @@ from ..convert.donor import Donor, open_donor
 from ..convert.donor_folder import carry_files
 from ..convert.manifest import Manifest, make_manifest
 from ..convert.plan import ConversionPlan, make_plan
-from ..convert.surgery import converted_shards
+from ..convert.surgery import converted_shards, head_bytes
 from ..convert.target import Target, choose_target
 from ..progress_bar import progress_bar
 from ..staging import check_output, file_sha256, flush, staged_folder
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
+
+
+WAITING = ".converted-layers"
 
 
 def convert_checkpoint(
@@ -39,6 +42,9 @@ def convert_checkpoint(
     **plan_fields,
 ) -> Manifest:
     """Convert a folder or a Hub repository into the folder `output`, holding about one shard of changed tensors.
+
+    With rows of text, it holds one layer of the donor and the text's hidden states (of families that `why_loaded_whole`
+    names none of; the others are loaded whole).
 
     The student has the tensors that `convert` gives in memory, bit for bit, in the donor's shards, with the donor's
     tokenizer, generation configuration, chat template and licence files beside them.
@@ -67,9 +73,10 @@ def convert_checkpoint(
         donor = open_donor(donor, revision=revision, weights_only=weights_only, trust_remote_code=trust_remote_code)
     check_output(output, overwrite, donor.folder)
     target = choose_target(donor, plan)
-    _check_space(output, explain(donor, plan, target).after["weight_bytes"])
-    known = calibrated(donor, plan, target, calibration)
+    waiting_bytes = 0 if calibration is None else head_bytes(donor)
+    _check_space(output, explain(donor, plan, target).after["weight_bytes"] + waiting_bytes)
     with staged_folder(output, overwrite) as staging, ThreadPoolExecutor(2) as pool:
+        known = calibrated(donor, plan, target, calibration, scratch=staging / WAITING)
         hashes = None
         if donor.revision is None:
             hashes = {file: pool.submit(file_sha256, donor.folder / file) for file in donor.tensors.shards}
@@ -78,6 +85,7 @@ def convert_checkpoint(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        shutil.rmtree(staging / WAITING, ignore_errors=True)
         _write_config(donor, target, staging)
         carry_files(donor.folder, staging)
         found = hashes and {file: future.result() for file, future in hashes.items()}

@@ -1,7 +1,7 @@
 """KV heads are put next to those with which they share best; groups stay of one size."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from math import factorial
@@ -38,7 +38,7 @@ class Group:
             best = max(_partitions(tuple(range(count)), size), key=lambda groups: sum(map(kept, groups)))
         else:
             best = _swapped(count, size, layer.seed + layer.layer_idx, kept)
-        return _reordered(heads, [member for group in best for member in group])
+        return heads.reordered([member for group in best for member in group])
 
 
 def _energy(kinds: list[list[HeadSpace]]) -> Callable[[tuple[int, ...]], float]:
@@ -97,19 +97,6 @@ def _improve_by_a_swap(groups: list[tuple[int, ...]], kept: Callable) -> bool:
                         groups[one], groups[other] = pair
                         return True
     return False
-
-
-def _reordered(heads: AttentionWeights, order: list[int]) -> AttentionWeights:
-    """KV heads in a new order, each with the query heads and output blocks that belong to it."""
-    members = heads.num_attention_heads // heads.num_key_value_heads
-    queries = [head * members + member for head in order for member in range(members)]
-    moved = heads.map_key_value(lambda tensor_K: tensor_K[order])
-    own = {name: getattr(heads, name) for name in ("query_HDE", "query_bias_HD", "query_norm_HD")}
-    return replace(
-        moved,
-        **{name: tensor_H[queries] for name, tensor_H in own.items() if tensor_H is not None},
-        output_EHD=heads.output_EHD[:, queries],
-    )
 
 
 METHOD = Group()

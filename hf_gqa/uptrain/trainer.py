@@ -64,6 +64,7 @@ class DistillationMixin:
                 f"Trainer would use {self.args.n_gpu} GPUs from one process (DataParallel), which copies the student in every step "
                 f"and loses what is recorded of its layers. Start it with `accelerate launch` or `torchrun`."
             )
+        self._check_tied_layers()
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole accumulated batch
         self.accelerator.gradient_accumulation_steps = 1  # older Trainers let accelerate divide what is divided already
         self.teacher = self._prepared_teacher(teacher)
@@ -78,6 +79,17 @@ class DistillationMixin:
     def bare_model(self) -> PreTrainedModel:
         """Below peft's wrapper, if there is one."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _check_tied_layers(self) -> None:
+        """Some releases of torch refuse layers that hold one weight and are sharded by themselves, others part them silently."""
+        tied = getattr(self.bare_model.base_model, "tied_layers", {})
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if tied and self.is_fsdp_enabled and plugin.auto_wrap_policy is not None:
+            mine, theirs = next(iter(tied.items()))
+            raise Refusal(
+                f"FSDP: '{mine}' is '{theirs}', and wrapping layer by layer would part the two. Set fsdp_auto_wrap_policy: "
+                f"NO_WRAP, which shards all layers together, or launch with DDP (examples/accelerate/ddp.yaml)."
+            )
 
     def teacher_memory(self) -> TeacherMemory | None:
         """What the teacher takes in memory; None if it takes none."""

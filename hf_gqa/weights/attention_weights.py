@@ -44,3 +44,14 @@ class AttentionWeights:
         names = ("key_KDE", "value_KDE", "key_bias_KD", "value_bias_KD", "key_norm_KD")
         present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: change(tensor) for name, tensor in present.items()})
+
+    def reordered(self, order: list[int]) -> "AttentionWeights":
+        """KV heads in a new order, each with the query heads and output blocks that belong to it; it computes the same."""
+        members = self.num_attention_heads // self.num_key_value_heads
+        queries = [head * members + member for head in order for member in range(members)]
+        own = {name: getattr(self, name) for name in ("query_HDE", "query_bias_HD", "query_norm_HD")}
+        return replace(
+            self.map_key_value(lambda tensor_K: tensor_K[order]),
+            **{name: tensor_H[queries] for name, tensor_H in own.items() if tensor_H is not None},
+            output_EHD=self.output_EHD[:, queries],
+        )

@@ -3,9 +3,11 @@
 Shapes: N tokens, H query heads, D head_dim, E hidden, M = H D + 1 (the heads' outputs and a constant one).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from .attention_weights import AttentionWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,3 +43,34 @@ class OutputMomentSum:
         return OutputMoments(
             mixed_MM=self.mixed_MM / self.tokens, target_EM=self.target_EM / self.tokens, tokens=self.tokens
         )
+
+
+def fitted_output(heads: AttentionWeights, moments: OutputMoments, ridge: float) -> AttentionWeights:
+    """`heads` with the output projection, and its bias where there is one, that says best what it should.
+
+    Args:
+        ridge: pull towards the projection as it was, as a fraction of the heads' mean power.
+    """
+    size = heads.output_EHD[0].numel()
+    known_EM = heads.output_EHD.flatten(1).to(moments.mixed_MM)
+    if heads.output_bias_E is not None:
+        known_EM = torch.cat([known_EM, heads.output_bias_E.to(known_EM).unsqueeze(1)], dim=1)
+        size += 1
+    mixed_MM, target_EM = moments.mixed_MM[:size, :size], moments.target_EM[:, :size]
+    # solved for the change, so that what no text says anything about stays as it is
+    fitted_EM = known_EM + _solved(mixed_MM, target_EM - known_EM @ mixed_MM, ridge)
+    output_EHD = fitted_EM[:, : heads.output_EHD[0].numel()].unflatten(1, heads.output_EHD.shape[1:])
+    bias_E = None if heads.output_bias_E is None else fitted_EM[:, -1].to(heads.output_bias_E)
+    return replace(heads, output_EHD=output_EHD.to(heads.output_EHD).contiguous(), output_bias_E=bias_E)
+
+
+def explained_power(moments: OutputMoments, ridge: float) -> float:
+    """How much of the target's mean power the best linear map of the heads' outputs says, a constant included."""
+    fitted_EM = _solved(moments.mixed_MM, moments.target_EM, ridge)
+    return float((2 * fitted_EM * moments.target_EM - fitted_EM * (fitted_EM @ moments.mixed_MM)).sum())
+
+
+def _solved(mixed_MM: torch.Tensor, target_EM: torch.Tensor, ridge: float) -> torch.Tensor:
+    """`fitted_EM` with `fitted_EM @ mixed_MM` near `target_EM`, and small."""
+    pull = ridge * mixed_MM.diagonal().mean() + torch.finfo(torch.float64).tiny
+    return torch.linalg.solve(mixed_MM + pull * torch.eye(len(mixed_MM), dtype=mixed_MM.dtype), target_EM.T).T

@@ -1,7 +1,8 @@
 """Fit query projections to attention scores, by ridge least squares that conjugate gradients solve.
 
 What a score error costs is what it does to the softmax: errors count by the attention that the donor pays there, about
-their mean (the Fisher metric of the softmax, half of the KL divergence for small errors).
+their mean (the Fisher metric of the softmax, half of the KL divergence for small errors). Large errors draw attention to
+tokens that the donor pays none, which that metric does not see; there, a part counts all tokens alike.
 
 Shapes: B rows, L and S tokens, H query heads, K KV heads, G = H/K, D head_dim, P rotary pairs, E hidden, F = E + 1 (a
 constant one last).
@@ -23,6 +24,7 @@ class AttentionRows:
 
     Args:
         donor_BLE, student_BLE: inputs of the attention.
+        lender_BLE: what the student's keys are projected from, where that is not `student_BLE`.
         mask_BHLS: added to scores, minus infinity for tokens that are not seen; broadcasts.
         scaling: of the scores.
         rotation: of queries and keys; None for none.
@@ -35,20 +37,27 @@ class AttentionRows:
     scaling: float
     rotation: Rotation | None = None
     turn_BLP: torch.Tensor | None = None
+    lender_BLE: torch.Tensor | None = None
 
 
 def fitted_queries(
-    heads: AttentionWeights, donor: AttentionWeights, rows: Sequence[AttentionRows], iterations: int, ridge: float
+    heads: AttentionWeights,
+    donor: AttentionWeights,
+    rows: Sequence[AttentionRows],
+    iterations: int,
+    ridge: float,
+    alike_fraction: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`query_HDE` and `query_bias_HD` with which `heads` score as `donor` does, whose query heads are in their order.
 
     Args:
         iterations: of conjugate gradients, preconditioned by the inputs' covariance.
         ridge: pull towards the queries as they are, as a fraction of what a mean direction of the inputs weighs.
+        alike_fraction: of the weights on errors, what is the same for all tokens that are seen.
     """
     width = heads.query_HDE.shape[2] + (heads.query_bias_HD is not None)
     query_HDF = with_bias(heads.query_HDE, heads.query_bias_HD).float()
-    batches = [_Batch(heads, donor, part, width) for part in rows]
+    batches = [_Batch(heads, donor, part, width, alike_fraction) for part in rows]
     tokens = sum(batch.inputs_BLF[..., 0].numel() for batch in batches)
     moment_FF = sum(torch.einsum("blf,ble->fe", batch.inputs_BLF, batch.inputs_BLF) for batch in batches) / tokens
     mean_power = moment_FF.diagonal().mean()
@@ -73,7 +82,9 @@ def fitted_queries(
 class _Batch:
     """Scores of one batch as a linear map of query projections `[H, D, F]`, and its adjoint."""
 
-    def __init__(self, heads: AttentionWeights, donor: AttentionWeights, rows: AttentionRows, width: int):
+    def __init__(
+        self, heads: AttentionWeights, donor: AttentionWeights, rows: AttentionRows, width: int, alike_fraction: float
+    ):
         self.rows, self.copies = rows, heads.num_attention_heads // heads.num_key_value_heads
         theirs, ours = _with_one(rows.donor_BLE), _with_one(rows.student_BLE)
         query = self._rotated(_projected(donor.query_HDE, donor.query_bias_HD, theirs))
@@ -81,7 +92,11 @@ class _Batch:
         copies = donor.num_attention_heads // donor.num_key_value_heads
         self.target = query @ key.repeat_interleave(copies, dim=1).mT * rows.scaling
         self.attention = (self.target + rows.mask_BHLS).softmax(-1)
-        key = self._rotated(_projected(heads.key_KDE, heads.key_bias_KD, ours))
+        if alike_fraction:
+            alike = (torch.zeros_like(self.target) + rows.mask_BHLS).softmax(-1)
+            self.attention = torch.lerp(self.attention, alike, alike_fraction)
+        keyed = ours if rows.lender_BLE is None else _with_one(rows.lender_BLE)
+        key = self._rotated(_projected(heads.key_KDE, heads.key_bias_KD, keyed))
         self.key = key.repeat_interleave(self.copies, dim=1) * rows.scaling
         self.inputs_BLF = ours[..., :width]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from ..convert.calibration import Calibration
@@ -16,7 +17,7 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.recipe import EvaluationRecipe
 from ..evaluate.report import PAGE_FILE, Report
 from ..evaluate.write_report import write_report
-from ..export.calibration_text import DEFAULT_TOKENS, make_calibration
+from ..export.calibration_text import DEFAULT_TOKENS, calibration_text
 from ..export.explanation import explain
 from ..export.licence import find_licence, licence_of_donor
 from ..export.model_card import make_card, write_card
@@ -171,11 +172,13 @@ class Run:
         self.announce("card", student)
 
 
-def calibration_of(donor: Donor, files: Sequence[str], tokens: int | None) -> Calibration | None:
-    """What methods look at the donor with; None where nobody asked for it."""
+def calibration_of(
+    donor: Donor, files: Sequence[str], tokens: int | None, read: Callable = calibration_text
+) -> Calibration | torch.Tensor | None:
+    """What methods look at the donor with, text by default; None where nobody asked for it."""
     if not files and tokens is None:
         return None
-    return make_calibration(donor, files, DEFAULT_TOKENS if tokens is None else tokens)
+    return read(donor, files, DEFAULT_TOKENS if tokens is None else tokens)
 
 
 def check_earlier_run(folder: Path, recipe: dict, resume: bool, overwrite: bool) -> None:

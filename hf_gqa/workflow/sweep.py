@@ -16,6 +16,7 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.recipe import EvaluationRecipe
 from ..evaluate.report import Report
 from ..evaluate.write_report import write_report
+from ..export.calibration_text import make_calibration
 from ..export.write_student import convert_checkpoint
 from ..refusal import Refusal
 from ..staging import check_apart, replace_file
@@ -124,7 +125,9 @@ class Sweep:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        return calibration_of(self.donor, self.calibration_text["files"], self.calibration_text["tokens"])
+        """Made once for all plans."""
+        given = self.calibration_text
+        return calibration_of(self.donor, given["files"], given["tokens"], make_calibration)
 
     def _check_output(self, overwrite: bool) -> None:
         if not self.output.exists():
