@@ -18,8 +18,9 @@ from hf_gqa.cli.printing import cache_in_words, heads_in_words
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 from hf_gqa.human_units import human_bytes, human_count
 
+from .covering import each_value
 from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
-from .tiny_donors import MODEL_TYPES, NUM_LAYERS, tiny_donor
+from .tiny_donors import MODEL_TYPES, NUM_LAYERS, of_each_storage, tiny_donor
 
 
 @pytest.fixture
@@ -268,8 +269,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("num_key_value_heads", "dtype"), [(4, torch.float32), (2, torch.bfloat16)])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@each_value(model_type=of_each_storage(MODEL_TYPES), num_key_value_heads=[4, 2], dtype=[torch.float32, torch.bfloat16])
 def test_explained_numbers_are_the_real_students(tmp_path, model_type, num_key_value_heads, dtype):
     donor = tmp_path / "donor"
     tiny_donor(model_type, num_key_value_heads).to(dtype).save_pretrained(donor)

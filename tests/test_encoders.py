@@ -10,6 +10,7 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.layer_run import LayerRun
 from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
+from hf_gqa.workflow.head_budget import check_budget_bytes
 
 from .test_bad_input import run_cli
 from .test_conformance import assert_close_for_float32, logits_of
@@ -61,8 +62,7 @@ def test_language_model_head_of_an_encoder_is_refused_with_those_that_are_known(
         convert(donor, num_key_value_heads=2)
 
 
-@every_encoder
-@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize(("model_type", "heads"), [(name, (2, 4)[turn % 2]) for turn, name in enumerate(ENCODERS)])
 def test_student_on_disk_is_verified(model_type, heads, tmp_path):
     tiny_donor(model_type, auto_class="AutoModelForSequenceClassification").save_pretrained(tmp_path / "donor")
     convert_checkpoint(tmp_path / "donor", tmp_path / "student", num_key_value_heads=heads)
@@ -139,6 +139,11 @@ def test_layers_that_share_states_compute_the_same_in_every_implementation(model
         found.append(logits_of(student, padded=True)[real])
     assert_close_for_float32(found[1], found[0])
     assert_close_for_float32(found[2], found[0])
+
+
+def test_budget_of_a_cache_is_refused():
+    with pytest.raises(Refusal, match=r"^cache budget: 'BertForMaskedLM' is an encoder, which keeps no cache\. "):
+        check_budget_bytes(donor_from_model(tiny_donor("bert")), 100)
 
 
 def test_positions_that_older_checkpoints_store_are_left_out(tmp_path):

@@ -290,8 +290,9 @@ def test_attention_implementation_can_be_switched(model_type):
                 torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-@every_model
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("model_type", "attention"), [(name, ATTENTIONS[turn % 2]) for turn, name in enumerate(ALL_MODEL_TYPES)]
+)
 @pytest.mark.filterwarnings(
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
 )  # BLOOM's

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..convert.cache_bytes import cache_bytes_per_token_computed
 from ..convert.calibration import Calibration
 from ..convert.donor import Donor
+from ..convert.stored_model import loaded_whole
 from ..export.explanation import stored_dtype
 from ..human_units import human_bytes
 from ..refusal import Refusal
@@ -59,7 +60,7 @@ class WantedSearch:
         budget_bytes = self.budget_bytes if self.share is None else int(whole * self.share + 1e-6)
         if budget_bytes is not None:
             check_budget_bytes(donor, budget_bytes)
-        model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
+        model = loaded_whole(donor)
         return search_plan(donor, model, calibration, budget_bytes=budget_bytes, **self.asked)
 
 

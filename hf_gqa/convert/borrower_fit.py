@@ -25,7 +25,6 @@ from .donor import Donor, donor_from_model
 from .layer_conversion import SCORED_TOKENS, converted_layer
 from .layer_run import Batches, LayerRun, put_owned_heads
 from .plan import ConversionPlan
-from .stored_model import StoredModel
 from .surgery import layer_heads
 from .target import Target, choose_target
 
@@ -34,12 +33,12 @@ OUTPUT_RIDGE, QUERY_RIDGE, ITERATIONS, ALIKE_FRACTION = 1e-3, 1e-4, 8, 0.5
 
 
 def fitted_borrowers(
-    donor: Donor, model: PreTrainedModel | StoredModel, plan: ConversionPlan, target: Target, tokens_NL: torch.Tensor
+    donor: Donor, model: PreTrainedModel, plan: ConversionPlan, target: Target, tokens_NL: torch.Tensor
 ) -> dict[int, AttentionWeights]:
     """The heads of every layer that borrows queries, keys or values.
 
     Args:
-        model: the donor; a whole student is held beside it.
+        model: the donor loaded; a whole student is held beside it.
         tokens_NL: rows to fit on.
     """
     begins = replace(plan, shared_init="own")
@@ -77,7 +76,7 @@ class BorrowerFit:
     def __init__(
         self,
         donor: Donor,
-        model: PreTrainedModel | StoredModel,
+        model: PreTrainedModel,
         student: PreTrainedModel,
         target: Target,
         tokens_NL: torch.Tensor,

@@ -27,7 +27,7 @@ from .heads_on_disk import HeadsOnDisk
 from .layer_conversion import SequentialConversion, converted_layer
 from .layer_run import LayerRun
 from .plan import ConversionPlan
-from .stored_model import model_to_run
+from .stored_model import loaded_whole, model_to_run
 from .surgery import layer_heads
 from .target import Target
 
@@ -218,7 +218,8 @@ def calibrated(
     if is_made and not (observes(plan) or fits):
         return {"statistics": statistics}
     tokens_NL = (calibration.tokens_NL if is_made else _checked_rows(calibration, donor)).long()
-    model = model_to_run(donor) if model is None else model
+    if model is None:
+        model = loaded_whole(donor) if fits else model_to_run(donor)
     if fits:
         return {"statistics": statistics, "converted": fitted_borrowers(donor, model, plan, target, tokens_NL)}
     layers = _converted(donor, LayerRun(model, donor.layout, tokens_NL), plan, target, statistics)

@@ -99,6 +99,10 @@ def model_to_run(donor: Donor) -> PreTrainedModel | StoredModel:
         stored = StoredModel(donor)
         if stored.why_whole() is None:
             return stored
+    return loaded_whole(donor)
+
+
+def loaded_whole(donor: Donor) -> PreTrainedModel:
     return donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..convert.calibration import Calibration, calibrate, fingerprint, observes
 from ..convert.donor import Donor
 from ..convert.plan import ConversionPlan
-from ..convert.stored_model import why_loaded_whole
+from ..convert.stored_model import loaded_whole, why_loaded_whole
 from ..convert.student import load_tokenizer
 from ..refusal import Refusal
 from ..text.packing import packed_rows
@@ -104,6 +104,8 @@ def memory_note(donor: Donor, plan: ConversionPlan, files: Sequence[str | Path],
     """
     if not is_text:
         return "The donor is loaded whole, to write its own text. Text files take the memory of one layer."
+    if plan.shared_init == "fit":
+        return "Donor and student are held whole in memory while borrowers are fitted."
     reason = None if is_saved(files) and not observes(plan) else why_loaded_whole(donor)
     return reason and f"The donor is loaded whole for its calibration: {reason}."
 
@@ -120,7 +122,7 @@ def _rows_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, tokens: int
 def _written_rows(
     donor: Donor, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
 ) -> torch.Tensor:
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype="auto").eval()
+    model = loaded_whole(donor)
     with tempfile.TemporaryDirectory() as scratch:
         rows = sampled_rows(
             model,
