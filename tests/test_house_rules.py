@@ -240,7 +240,7 @@ def run_python(code: str, *arguments, package: Path = PACKAGE, cwd: Path | None 
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.strip().splitlines()[-1])
