@@ -42,7 +42,7 @@ TINY = {
         inputs={"image_sizes": torch.tensor([[28, 28]])},
         pixels=(1, 2, 3, 28, 28),
     ),
-    "vipllava": Tiny(text="llama", image_tokens=4, vision=CLIP, fields={"vision_feature_layer": [-2, -1]}),
+    "vipllava": Tiny(text="llama", image_tokens=4, vision=CLIP, fields={"vision_feature_layers": [-2, -1]}),
     "internvl": Tiny(text="qwen2", image_tokens=1, vision={"image_size": [28, 28], "patch_size": [14, 14]}),
     "mistral3": Tiny(
         text="mistral",

@@ -10,6 +10,7 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.layer_run import LayerRun
 from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
+from hf_gqa.workflow.head_budget import check_budget_bytes
 
 from .test_bad_input import run_cli
 from .test_conformance import assert_close_for_float32, logits_of
@@ -138,6 +139,11 @@ def test_layers_that_share_states_compute_the_same_in_every_implementation(model
         found.append(logits_of(student, padded=True)[real])
     assert_close_for_float32(found[1], found[0])
     assert_close_for_float32(found[2], found[0])
+
+
+def test_budget_of_a_cache_is_refused():
+    with pytest.raises(Refusal, match=r"^cache budget: 'BertForMaskedLM' is an encoder, which keeps no cache\. "):
+        check_budget_bytes(donor_from_model(tiny_donor("bert")), 100)
 
 
 def test_positions_that_older_checkpoints_store_are_left_out(tmp_path):

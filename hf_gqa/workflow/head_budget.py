@@ -92,7 +92,9 @@ def allot_heads(
 
 
 def check_budget_bytes(donor: Donor, budget_bytes: int) -> None:
-    """Raises Refusal for a budget below one KV head for each layer, or above what the donor has."""
+    """Raises Refusal for an encoder, and a budget below one KV head for each layer or above what the donor has."""
+    if donor.layout.bidirectional:
+        raise Refusal(f"cache budget: '{donor.name}' is an encoder, which keeps no cache. Give num_key_value_heads.")
     dtype, layers = stored_dtype(donor), donor.config.num_hidden_layers
     least = cache_bytes_per_token_computed(donor.config, [1] * layers, dtype)
     most = cache_bytes_per_token_computed(donor.config, donor.num_key_value_heads, dtype)
