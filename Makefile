@@ -29,7 +29,7 @@ quality: $(VENV)/ready
 test-all test-fast test-slow test-oldest: export OMP_NUM_THREADS := 1
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

@@ -65,6 +65,12 @@ class GroupedByDefault:
     def _can_set_attn_implementation(cls) -> bool:
         return True  # not what transformers found, and keeps on the class, for a native class that we extend
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the native class: transformers looks into the file of a class, and ours does not repeat its experts."""
+        native = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        return native._can_set_experts_implementation()
+
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
         if requested_attention in (None, self.default_attention):  # also where the native class has no sdpa
             return self.default_attention
