@@ -1,6 +1,6 @@
 """Peak memory of converting with text, one layer of the donor at a time, against the donor's depth and against loading it whole.
 
-Run: `python benchmarks/calibration_memory.py [--size 1.3b|7b] [--depths 1,3] [--tokens 512] [--folder DIR] [--output FILE]`. Donors
+Run: `python benchmarks/calibration_memory.py [--size 1.3b|7b] [--depths 1,3] [--tokens 512] [--method NAMES] [--folder DIR] [--output FILE]`. Donors
 are Llamas of that width with random bfloat16 weights and few layers, 32 heads converted to 8. Every way runs once, in a process of
 its own, on one thread; memory is the peak of anonymous memory (RssAnon) as in benchmarks/convert.py, above that of the imports.
 """
@@ -24,13 +24,13 @@ calibration.model_to_run = lambda donor: donor.model_class.from_pretrained(donor
 """
 
 
-def code_of(tokens: int, whole: bool) -> str:
+def code_of(tokens: int, method: str, whole: bool) -> str:
     return (
         convert.IMPORTS
         + f"torch.set_num_threads(1); rows = torch.randint(32_000, ({tokens // ROW_TOKENS}, {ROW_TOKENS}))\n"
         + (WHOLE if whole else "")
         + f"start = time.perf_counter(); hf_gqa.convert_checkpoint(donor, output, num_key_value_heads="
-        f"{convert.NUM_KEY_VALUE_HEADS}, method='{METHOD}', calibration=rows)"
+        f"{convert.NUM_KEY_VALUE_HEADS}, method='{method}', calibration=rows)"
     )
 
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("1.3b", "7b"), default="1.3b")
     parser.add_argument("--depths", default="1,3", help="the deepest is also loaded whole")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--method", default=METHOD)
     parser.add_argument("--folder", type=Path, help="where to put donors and outputs; a temporary folder by default")
     parser.add_argument("--output", type=Path, help="benchmarks/results/calibration_memory_<size>.json by default")
     asked = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
             donor = Path(scratch) / "donor"
             facts = donor_of_depth(donor, asked.size, depth)
             for whole in (False, True) if depth == depths[-1] else (False,):
-                run = convert.run_way(code_of(asked.tokens, whole), donor, output)
+                run = convert.run_way(code_of(asked.tokens, asked.method, whole), donor, output)
                 run["above_import_bytes"] = run["peak_anonymous_bytes"] - imports
                 ways.append({"loaded": "whole" if whole else "layer by layer"} | facts | run)
                 print(ways[-1], flush=True)
@@ -77,7 +78,7 @@ def main() -> None:
     hidden_bytes = asked.tokens * convert.SIZES[asked.size]["hidden_size"] * 4
     result = {
         "size": asked.size,
-        "method": METHOD,
+        "method": asked.method,
         "tokens": asked.tokens,
         "hidden_states_bytes": hidden_bytes,
         "ways": ways,

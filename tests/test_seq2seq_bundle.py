@@ -64,7 +64,7 @@ def test_checkpoint_on_disk_is_the_model_in_memory(model_type, convert_encoder, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["t5", "bart", "whisper"])
+@every_family
 def test_student_is_verified_in_a_clean_process(model_type, tmp_path):
     seq2seq_donor(model_type).save_pretrained(tmp_path / "donor")
     convert_checkpoint(tmp_path / "donor", tmp_path / "student", num_key_value_heads=2)
