@@ -3,11 +3,13 @@
 Shapes: N rows, L tokens of a row.
 """
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -72,6 +74,8 @@ def calibration_text(
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     if files and dataset is not None:
         raise Refusal("calibration: files and a dataset are given. Give one of them.")
     if is_saved(files):
