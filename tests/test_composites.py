@@ -13,7 +13,7 @@ from hf_gqa.export.explanation import explain
 
 from .test_conformance import assert_close_for_float32, assert_same_tensors
 from .test_conformance_oracle import mean_of
-from .tiny_donors import tiny_config
+from .tiny_donors import fill_with_noise, tiny_config
 
 
 IMAGE_TOKEN, IMAGE_TOKENS = 98, 4
@@ -39,11 +39,7 @@ def donor() -> Gemma3ForConditionalGeneration:
         tie_word_embeddings=False,
     )
     model = Gemma3ForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
+    fill_with_noise(model, scale=0.2)
     return model
 
 

@@ -12,7 +12,7 @@ from hf_gqa.convert.composites import COMPOSITES
 
 from .test_conformance import assert_close_for_float32, assert_same_tensors
 from .test_conformance_oracle import mean_of
-from .tiny_donors import tiny_config
+from .tiny_donors import fill_with_noise, tiny_config
 
 
 IMAGE_TOKEN = 98
@@ -79,11 +79,7 @@ def tiny_composite(model_type: str, text: str | None = None):
     )
     attention = "eager" if model_type == "paligemma" else None  # Gemma 2 has no other
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
+    fill_with_noise(model, scale=0.2)
     return model
 
 

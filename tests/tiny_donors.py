@@ -141,12 +141,17 @@ def tiny_donor(
     auto_class = auto_class or default_head(model_type)
     config = tiny_config(model_type, num_key_value_heads, **changes)
     donor = getattr(transformers, auto_class).from_config(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in donor.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else 0.25 * noise)
+    fill_with_noise(donor, seed=seed)
     return donor
+
+
+@torch.no_grad()
+def fill_with_noise(model: PreTrainedModel, scale: float = 0.25, seed: int = 0) -> None:
+    """Norms around one, all else around zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else scale * noise)
 
 
 def default_head(model_type: str) -> str:

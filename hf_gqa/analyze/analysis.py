@@ -2,12 +2,10 @@
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +17,7 @@ from ..convert.target import choose_target
 from ..evaluate.bootstrap import Bootstrap
 from ..evaluate.opened import device_of
 from ..progress_bar import progress_bar
+from ..text.source import keep_bars_on_terminals
 from .borrowing import RowScores, Sharing, measure_sharings
 from .candidates import candidate_pairs, check_donor, layer_kinds, resolved_sample_tokens, rows_of_text
 from .choices import check_budget, choices_by_number, plan_of, shortlist
@@ -45,8 +44,7 @@ class Analysis:
     """
 
     def __init__(self, donor: str | Path | Donor, recipe: AnalysisRecipe | None = None, **recipe_fields):
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
+        keep_bars_on_terminals()
         self.recipe = recipe if recipe is not None else AnalysisRecipe.from_dict(recipe_fields)
         self.donor: Donor = donor if isinstance(donor, Donor) else open_donor(donor)
         check_donor(self.donor)

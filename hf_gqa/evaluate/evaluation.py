@@ -1,17 +1,16 @@
 """From a student and its donor on disk to a report."""
 
 import shlex
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_origin
 
-import datasets
 from transformers import PreTrainedModel
 
 from ..convert.donor import Donor, open_donor
 from ..convert.model_kind import CAUSAL_LM, ENCODER, MASKED_LM, SEQ2SEQ
 from ..refusal import Refusal
+from ..text.source import keep_bars_on_terminals
 from .facts import model_facts, settings
 from .lm_eval_tasks import check_tasks
 from .measure_causal_lm import CausalLMMeasurement, folder_of_tasks
@@ -58,8 +57,7 @@ class Evaluation:
         **recipe_fields,
     ):
         recipe = recipe if recipe is not None else EvaluationRecipe.from_dict(recipe_fields)
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
+        keep_bars_on_terminals()
         self.donor_name = donor_name or (donor.name if isinstance(donor, Donor) else str(donor))
         donor = donor if isinstance(donor, Donor) else open_donor(donor)
         self.failed: list[str] = []

@@ -3,13 +3,11 @@
 Shapes: N rows, L tokens of a row.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +20,7 @@ from ..convert.student import load_tokenizer
 from ..refusal import Refusal
 from ..text.packing import packed_rows
 from ..text.sampled import sampled_rows
-from ..text.source import TextSource, open_documents
+from ..text.source import TextSource, keep_bars_on_terminals, open_documents
 
 
 DEFAULT_TOKENS = 65_536
@@ -74,8 +72,7 @@ def calibration_text(
     Raises:
         Refusal: unreadable text, no tokens, or a donor that predicts none.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    keep_bars_on_terminals()
     if files and dataset is not None:
         raise Refusal("calibration: files and a dataset are given. Give one of them.")
     if is_saved(files):

@@ -5,12 +5,22 @@ import glob
 import hashlib
 import json
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    disable_progress_bars,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -72,6 +82,12 @@ class TextSource:
                 f"text: dataset_config_name = '{self.dataset_config_name}' belongs to a dataset, and dataset_name is not "
                 f"given. Leave it out, or give dataset_name."
             )
+
+
+def keep_bars_on_terminals() -> None:
+    """The datasets library shows its own wherever it runs."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def open_documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:

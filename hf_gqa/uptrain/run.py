@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
@@ -22,6 +20,7 @@ from ..convert.student import Student, open_student
 from ..refusal import Refusal
 from ..staging import check_apart, check_output
 from ..text.packing import PackedCollator
+from ..text.source import keep_bars_on_terminals
 from .callback import UptrainCallback, cache_facts
 from .checkpoints import RECORD_FILE
 from .export_student import export_student
@@ -100,8 +99,7 @@ class UptrainRun:
         self.output, self.overwrite, self.resume = Path(output).expanduser(), overwrite, resume
         self.work = self.output.parent / f"{self.output.name}.unfinished"
         check_outputs(self.output, overwrite, student, recipe)
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
+        keep_bars_on_terminals()
         self._check_work()
         self.student: Student = open_student(student, getattr(torch, recipe.dtype))
         self.recipe = resolve_sizes(recipe, self.student.model, PartialState().num_processes)
