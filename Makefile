@@ -5,7 +5,9 @@ OLDEST_VENV ?= .venv-oldest
 # The oldest release that pyproject.toml claims.
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
-OLDEST_PYTEST := -q -n 2 --dist worksteal -W default -p no:cacheprovider -m "not slow"
+# On two processes; tests that share what their module makes stay together (tests/conftest.py).
+PARALLEL := -q -n 2 --dist loadgroup
+OLDEST_PYTEST := $(PARALLEL) -W default -p no:cacheprovider -m "not slow"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
@@ -29,13 +31,13 @@ quality: $(VENV)/ready
 test-all test-fast test-slow test-oldest: export OMP_NUM_THREADS := 1
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 # The tables of families in docs/ and README, from the code; a test fails while they differ.
 families: $(VENV)/ready

@@ -1,7 +1,12 @@
 """For all tests: tiny models are fastest on one thread, and two workers share the machine."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+from tests import warm_process
 
 
 torch.set_num_threads(1)
@@ -14,3 +19,15 @@ def pytest_collection_modifyitems(items):
         made = (definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values())
         if "module" in made:
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+@pytest.fixture
+def warm_verification(monkeypatch):
+    """`verify` with a fork for its process, which starts in no time; test_verify.py and others have real ones."""
+
+    def run(command: list[str], env: dict, cwd, **how):
+        python, isolated, *script = command
+        assert (python, isolated) == (sys.executable, "-I")
+        return warm_process.run(script, cwd, **env)
+
+    monkeypatch.setattr("hf_gqa.export.verify.subprocess", SimpleNamespace(run=run, DEVNULL=None))

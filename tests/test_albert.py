@@ -58,6 +58,7 @@ def test_groups_may_have_different_heads():
     assert key_value_heads(student.config) == [4, 4, 4, 1, 1]
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.parametrize("auto_class", ["AutoModelForSequenceClassification", "AutoModelForPreTraining"])
 def test_student_on_disk_is_verified(auto_class, tmp_path):
     tiny_albert(auto_class=auto_class).save_pretrained(tmp_path / "donor")

@@ -25,6 +25,7 @@ def with_head(auto_class, model_type: str, folder, labels: dict | None = None, *
     auto_class.from_config(config).save_pretrained(folder)
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_question_answering_is_converted_too(tmp_path, model_type):
     """These classes keep their base model under another name."""
@@ -38,6 +39,7 @@ def test_question_answering_is_converted_too(tmp_path, model_type):
     assert len(key) == 2 * open_donor(tmp_path / "donor").head_dim
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.parametrize("pad_token_id", [0, None])
 def test_classification_is_verified(tmp_path, pad_token_id):
     with_head(AutoModelForSequenceClassification, "llama", tmp_path / "donor", pad_token_id=pad_token_id)

@@ -62,6 +62,7 @@ def test_language_model_head_of_an_encoder_is_refused_with_those_that_are_known(
         convert(donor, num_key_value_heads=2)
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.parametrize(("model_type", "heads"), [(name, (2, 4)[turn % 2]) for turn, name in enumerate(ENCODERS)])
 def test_student_on_disk_is_verified(model_type, heads, tmp_path):
     tiny_donor(model_type, auto_class="AutoModelForSequenceClassification").save_pretrained(tmp_path / "donor")

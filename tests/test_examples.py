@@ -12,6 +12,7 @@ import pytest
 from hf_gqa.evaluate.page import make_page
 from hf_gqa.evaluate.report import Report
 from hf_gqa.export.card_lint import lint_card
+from tests import warm_process
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,44 +31,51 @@ def empty_folder(tmp_path_factory):
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+def printed_by(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, f"{shlex.join(done.args)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def test_demo(empty_folder):
-    printed = run([sys.executable, "examples/demo.py"], empty_folder)
+def run(command: list[str], folder: Path) -> str:
+    """`python *command` or, where that begins so, `hf-gqa ...`."""
+    given = ["-m", "hf_gqa.cli", *command[1:]] if command[0] == "hf-gqa" else command
+    return printed_by(warm_process.run(given, folder))
+
+
+def test_demo_and_command_as_installed(empty_folder):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    how = {"cwd": empty_folder, "env": environment, "capture_output": True, "text": True}
+    printed = printed_by(subprocess.run([sys.executable, "examples/demo.py"], **how))
     assert "12,288 B" in printed and "1,536 B" in printed
     assert "wrecks the untrained student" in printed
+    assert "5.05M" in printed_by(subprocess.run(["hf-gqa", "inspect", "examples/donor"], **how))
 
 
 def test_convert_in_memory(empty_folder):
-    assert "the same logits: True" in run([sys.executable, "examples/convert_in_memory.py"], empty_folder)
+    assert "the same logits: True" in run(["examples/convert_in_memory.py"], empty_folder)
 
 
 def test_generate(empty_folder):
-    printed = run([sys.executable, "examples/generate.py"], empty_folder)
+    printed = run(["examples/generate.py"], empty_folder)
     assert "both caches write the same: True" in printed
 
 
 def test_convert_on_disk_then_push(empty_folder):
-    printed = run([sys.executable, "examples/convert_on_disk.py"], empty_folder)
+    printed = run(["examples/convert_on_disk.py"], empty_folder)
     assert "equals the donor's merged heads" in printed and "FAILED" not in printed
-    printed = run([sys.executable, "examples/push.py"], empty_folder)
+    printed = run(["examples/push.py"], empty_folder)
     assert "conversion_manifest.json" in printed and (empty_folder / "pushed/prose-gqa-2/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("example", ["uptrain_trainer", "uptrain_distilled", "uptrain_lora"])
 def test_uptraining(example, empty_folder):
-    printed = run([sys.executable, f"examples/{example}.py"], empty_folder)
+    printed = run([f"examples/{example}.py"], empty_folder)
     before, after = map(float, re.search(r"held-out loss: ([\d.]+) -> ([\d.]+)", printed).groups())
     assert after < before - 1
 
 
 def test_heal(empty_folder):
-    printed = run([sys.executable, "examples/heal.py", "16384"], empty_folder)
+    printed = run(["examples/heal.py", "16384"], empty_folder)
     assert float(re.search(r"gap closed: ([\d.]+)%", printed)[1]) > 60
     assert (empty_folder / "students/healed/uptraining.json").is_file()
 
@@ -89,7 +97,7 @@ def test_readme_blocks(tmp_path):
     for command in commands:
         run(shlex.split(command, comments=True), tmp_path)
     for block in blocks("python"):
-        run([sys.executable, "-c", block], tmp_path)
+        run(["-c", block], tmp_path)
 
 
 def test_recipe(empty_folder):

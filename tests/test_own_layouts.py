@@ -93,6 +93,7 @@ def test_falcon_of_the_new_architecture_caches_less_in_a_bundle():
     assert type(convert(donor, num_key_value_heads=1)) is GQAFalconForCausalLM
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.parametrize("model_type", ["falcon", "gpt_bigcode"])
 def test_one_head_is_native_where_there_is_a_setting_for_it(model_type, tmp_path):
     donor = tiny_donor(model_type)

@@ -58,6 +58,7 @@ def test_main_road(name, tmp_path):
     assert all(losses[heads] > donor_loss + 0.5 for heads in (4, 2, 1)), losses
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "heads"), [("prose-mha", 2), ("gptstories-280k-mha", 2), ("gptstories-280k-mha", 1)])
 def test_verify_passes(name, heads, tmp_path):

@@ -31,6 +31,7 @@ def text(donor, tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("warm_verification")
 def test_a_budget_is_spent_layer_by_layer(donor, text, tmp_path):
     result = run_cli(
         "convert", donor, tmp_path / "out", "--kv-budget", "75%", "--method", "group,fold", "--calibration", text

@@ -1,10 +1,7 @@
 """Encoder-decoders on disk: what is written is what is converted in memory, and it lives without hf_gqa."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from hf_gqa.cli import app
 from hf_gqa.cli.printing import all_heads_in_words
 from hf_gqa.export.verify import verify
 
+from . import warm_process
 from .seq2seq_donors import (
     NUM_ATTENTION_HEADS,
     decoder_tokens,
@@ -63,8 +61,8 @@ def test_checkpoint_on_disk_is_the_model_in_memory(model_type, convert_encoder, 
     assert torch.equal(logits_of(reloaded.eval()), logits_of(student))
 
 
-@pytest.mark.slow
 @every_family
+@pytest.mark.usefixtures("warm_verification")
 def test_student_is_verified_in_a_clean_process(model_type, tmp_path):
     seq2seq_donor(model_type).save_pretrained(tmp_path / "donor")
     convert_checkpoint(tmp_path / "donor", tmp_path / "student", num_key_value_heads=2)
@@ -81,13 +79,11 @@ def test_three_hops_without_hf_gqa_keep_every_file_and_every_bit(model_type, tmp
     convert_checkpoint(tmp_path / "donor", tmp_path / "hop0", num_key_value_heads=2, convert_encoder=True)
     (tmp_path / "work").mkdir()
     save_file(encoder_inputs(donor) | {"decoder_input_ids": decoder_tokens()}, tmp_path / "work" / "inputs.safetensors")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     code = sorted(path.name for path in (tmp_path / "hop0").glob("*.py"))
     for hop in range(3):
         arguments = [str(tmp_path / f"hop{hop}"), str(tmp_path / f"hop{hop + 1}"), language_model_class(model_type)]
-        subprocess.run(
-            [sys.executable, "-I", "-c", HOP, *arguments], check=True, cwd=tmp_path / "work", env=environment
-        )
+        warm_process.run(["-c", HOP, *arguments], tmp_path / "work", **environment).check_returncode()
         for name in code:
             assert (tmp_path / f"hop{hop + 1}" / name).read_bytes() == (tmp_path / "hop0" / name).read_bytes()
         shutil.rmtree(tmp_path / "modules")

@@ -324,6 +324,7 @@ def test_exported_student_is_the_trained_model_without_this_package(students, tm
         assert bool(code) == name.endswith("bundle")
 
 
+@pytest.mark.usefixtures("warm_verification")
 @pytest.mark.parametrize("name", ["llama-bundle", pytest.param("llama-native", marks=pytest.mark.slow)])
 def test_manifest_tells_of_uptraining_and_verify_passes(students, name, tmp_path):
     out = tmp_path / "student"

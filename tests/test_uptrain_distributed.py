@@ -28,6 +28,7 @@ from hf_gqa import convert_checkpoint
 from hf_gqa.uptrain.checkpoints import newest_complete
 from hf_gqa.uptrain.recipe import UptrainRecipe
 from hf_gqa.uptrain.run import uptrain
+from tests import warm_process
 from tests.distributed_run import GLOBAL_ROWS, Rows, Scenario, run
 from tests.tiny_donors import tiny_donor
 
@@ -85,11 +86,19 @@ def free_port() -> str:
 
 
 def torchrun(scenarios: dict[str, dict], folder: Path, wrapper: str) -> Path:
-    listed = folder / "scenarios.json"
+    """What torchrun does, with processes that start in no time; what `accelerate launch` starts has all to import."""
+    listed, log = folder / "scenarios.json", folder / "log.txt"
     listed.write_text(json.dumps([{"name": name, **values} for name, values in scenarios.items()]))
-    where = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, str(TESTS / "distributed_run.py")]
-    launch([*command, str(listed), str(folder), wrapper], folder / "log.txt")
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [TESTS / "distributed_run.py", listed, folder, wrapper]
+    processes = [
+        warm_process.start(command, folder, log, log, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")
+    ]
+    for process in processes:
+        process.join(timeout=300)
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], log.read_text(errors="replace")[-8000:]
     return folder
 
 
