@@ -14,7 +14,7 @@ from hf_gqa.text import sampled as sampled_text
 from hf_gqa.text.sampled import sampled_rows
 
 from .test_text_packing import letters
-from .tiny_donors import SOME_MODEL_TYPES, tiny_donor
+from .tiny_donors import MODEL_TYPES, SOME_MODEL_TYPES, tiny_donor
 
 
 WANTED = {"donor_id": "d", "tokens": 100, "sequence_length": 12, "seed": 3, "batch_size": 4}
@@ -35,6 +35,14 @@ def contents(folder) -> dict[str, bytes]:
 
 def tokens_of(rows) -> np.ndarray:
     return np.stack(rows["input_ids"])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_room_for_all_tokens_changes_none(tmp_path, model_type, monkeypatch):
+    """Against the cache that `generate` makes; 12 tokens are more than a sliding window of the tiny donors."""
+    rows = tokens_of(sampled(tmp_path / "text", tiny_donor(model_type)))
+    monkeypatch.setattr(sampled_text, "roomy_cache", lambda config, length: None)
+    assert (rows == tokens_of(sampled(tmp_path / "plain", tiny_donor(model_type)))).all()
 
 
 @pytest.mark.parametrize("model_type", SOME_MODEL_TYPES)

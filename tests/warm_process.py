@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest import mock
@@ -21,8 +22,11 @@ import transformers.utils.hub
 
 IMPORTED = ["torch", "transformers.modeling_utils", "transformers.generation.utils", "transformers.trainer", "datasets"]
 IMPORTED += ["accelerate", "peft", "pandas", "scipy.optimize", "typer", "pytest", "matplotlib.backends.backend_svg"]
-IMPORTED += ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama", __name__]
-PATHS = [str(Path(__file__).parents[1])]
+REPOSITORY = Path(__file__).parents[1]
+RUNTIME = Path(find_spec("hf_gqa").origin).parent / "runtime"  # found, not imported
+FAMILIES = [file.stem.removeprefix("modeling_gqa_") for file in RUNTIME.glob("modeling_gqa_*.py")]
+IMPORTED += [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]  # where there are such
+IMPORTED += ["torch.distributed.fsdp", __name__]
 
 
 @cache
@@ -30,7 +34,7 @@ def warm_processes() -> multiprocessing.context.ForkServerContext:
     """Where `Process` starts forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    paths = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with mock.patch.dict(os.environ, settings):
         ensure_running()

@@ -17,6 +17,7 @@ from ..progress_bar import progress_bar
 from ..refusal import Refusal
 from ..staging import file_sha256, publish_file
 from .packing import PACKING_VERSION, rows_with_positions
+from .roomy_cache import roomy_cache
 
 
 SETTINGS_FILE = "corpus.json"
@@ -135,7 +136,12 @@ def _sampled_shard(donor_model: PreTrainedModel, settings: dict, number: int) ->
             use_cache=True,
         )
         start = start.to(device)
-        tokens = donor_model.generate(start, attention_mask=torch.ones_like(start), generation_config=sampling)
+        tokens = donor_model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            generation_config=sampling,
+            past_key_values=roomy_cache(donor_model.config, settings["sequence_length"]),
+        )
     return tokens.to("cpu", torch.int32)
 
 
