@@ -1,5 +1,6 @@
 """For all tests: tiny models are fastest on one thread, and two workers share the machine."""
 
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -19,6 +20,12 @@ def pytest_collection_modifyitems(items):
         made = (definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values())
         if "module" in made:
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: Trainer collects garbage often, and shall not look there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
