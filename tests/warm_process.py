@@ -47,6 +47,7 @@ def become(command: list[str], folder: Path, environment: dict[str, str], output
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
     os.chdir(folder)
     os.environ.update(environment)
+    sys.path = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]  # of who asked for this
     if "HF_MODULES_CACHE" in environment:  # read at import
         for module in (transformers.utils, transformers.utils.hub, transformers.dynamic_module_utils):
             module.HF_MODULES_CACHE = environment["HF_MODULES_CACHE"]
