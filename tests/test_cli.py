@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import hf_gqa
 from hf_gqa.cli import app
-from hf_gqa.cli.printing import cache_in_words, heads_in_words
+from hf_gqa.cli.printing import cache_in_words, heads_and_layers_in_words
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 from hf_gqa.human_units import human_bytes, human_count
 
@@ -232,8 +232,8 @@ def test_human_count(number, words):
 
 
 def test_heads_and_cache_in_words():
-    assert heads_in_words([2, 2, 2]) == "2 in each of 3 layers"
-    assert heads_in_words([2, 1]) == "2, 1"
+    assert heads_and_layers_in_words([2, 2, 2]) == "2 in each of 3 layers"
+    assert heads_and_layers_in_words([2, 1]) == "2, 1"
     side = {"cache_bytes_per_token": 2048, "cache_bytes_per_token_beyond_window": 2048}
     assert cache_in_words(side) == "2 KiB"
     side["cache_bytes_per_token_beyond_window"] = 0

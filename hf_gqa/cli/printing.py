@@ -40,7 +40,7 @@ def print_json(value) -> None:
     print(json.dumps(value, indent=2))
 
 
-def heads_in_words(per_layer: list[int]) -> str:
+def heads_and_layers_in_words(per_layer: list[int]) -> str:
     """[2, 2, 2] -> '2 in each of 3 layers'."""
     if len(set(per_layer)) == 1:
         return f"{per_layer[0]} in each of {len(per_layer)} layers"
@@ -49,10 +49,10 @@ def heads_in_words(per_layer: list[int]) -> str:
 
 def all_heads_in_words(side: dict) -> str:
     """With an encoder, of the decoder's attention to itself and to that, and within that."""
-    words = heads_in_words(side["num_key_value_heads"])
+    words = heads_and_layers_in_words(side["num_key_value_heads"])
     if "num_key_value_heads_encoder" not in side:
         return words
-    cross, encoder = (heads_in_words(side[f"num_key_value_heads_{kind}"]) for kind in ("cross", "encoder"))
+    cross, encoder = (heads_and_layers_in_words(side[f"num_key_value_heads_{kind}"]) for kind in ("cross", "encoder"))
     return f"{words} of the decoder, cross-attention {cross}, encoder {encoder}"
 
 

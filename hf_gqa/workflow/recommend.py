@@ -209,16 +209,18 @@ def verdict(donor: Donor, wanted: Wanted, options: tuple[Option, ...], chosen: O
     if chosen is None:
         least = options[-1]
         return (
-            f"No number of KV heads is enough: with {heads_in_words(least)} it takes {human_bytes(least.total_bytes)}, of "
+            f"No number of KV heads is enough: with {kv_heads_in_words(least)} it takes {human_bytes(least.total_bytes)}, of "
             f"which {human_bytes(least.weight_bytes)} are weights, and decoding gets at most "
             f"{least.allowed_decode_speedup:.2f}x. Ask for less, or quantize."
         )
     if chosen.keeps:
         return f"Leave {donor.name} as it is: it meets everything asked for, and every conversion costs quality."
-    return f"Convert {donor.name} to {heads_in_words(chosen)} ({options[0].num_key_value_heads} now), then uptrain it."
+    return (
+        f"Convert {donor.name} to {kv_heads_in_words(chosen)} ({options[0].num_key_value_heads} now), then uptrain it."
+    )
 
 
-def heads_in_words(option: Option) -> str:
+def kv_heads_in_words(option: Option) -> str:
     return f"{option.num_key_value_heads} KV head{'s' if option.num_key_value_heads > 1 else ''}"
 
 
@@ -231,13 +233,13 @@ def reasons(donor: Donor, wanted: Wanted, options: tuple[Option, ...], chosen: O
         f"{human_bytes(before.working_bytes)} = {human_bytes(before.total_bytes)}"
         + (f" of {human_bytes(wanted.memory_bytes)}." if wanted.memory_bytes else "."),
         f"Decoding one step reads {human_bytes(before.step_bytes)}, {before.cache_bytes / before.step_bytes:.0%} of it cache: "
-        f"{heads_in_words(options[-1])} would make it at most {options[-1].allowed_decode_speedup:.2f}x faster.",
+        f"{kv_heads_in_words(options[-1])} would make it at most {options[-1].allowed_decode_speedup:.2f}x faster.",
     ]
     if options[-1].allowed_decode_speedup < WORTH_SAYING_SPEEDUP:
         said.append("At this size and length decoding reads weights, not cache: fewer heads save memory, not time.")
     if after is not before:
         said.append(
-            f"With {heads_in_words(after)}: weights {human_bytes(after.weight_bytes)} + cache "
+            f"With {kv_heads_in_words(after)}: weights {human_bytes(after.weight_bytes)} + cache "
             f"{human_bytes(after.cache_bytes)} + working {human_bytes(after.working_bytes)} = "
             f"{human_bytes(after.total_bytes)}; a step reads {human_bytes(after.step_bytes)}, at most "
             f"{after.allowed_decode_speedup:.2f}x faster."
