@@ -142,8 +142,13 @@ def plot(results: list[dict], path: Path) -> None:
             axes.set_title(pattern)
             axes.set_xlabel("layers that borrow, %")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
         figure.axes[0].set_ylabel("KL to the donor on held-out text, nats per token")
+        handles = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=7)
         figure.savefig(path, metadata={"Date": None})
 
 
