@@ -123,32 +123,33 @@ def uptrained_table(results: list[dict]) -> str:
 
 COLORS = {"kl": "C0", "echoatt": "C3", "best": "C2", "worst": "C7"}
 FITTED = {8: ("C4", "all heads"), 2: ("C1", "2 KV heads")}
-MARKERS = {"own": "o", "fit": "*"}
+LINES = {"own": "-", "fit": "--"}
+MARKERS = {0.01: "o", 0.05: "s"}
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """KL over the fraction of layers that borrow, a panel for each pattern: before uptraining lines, after it markers."""
+    """KL over the fraction of layers that borrow, a column for each pattern, before uptraining above and after it below."""
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with style.context({"svg.hashsalt": "sharing", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(13, 6), layout="constrained")
+        figure = Figure(figsize=(13, 9), layout="constrained")
         FigureCanvasSVG(figure)
-        for axes, pattern in zip(figure.subplots(1, 2, sharey=True), BORROWED, strict=True):
-            plot_before(axes, results, pattern)
-            plot_after(axes, results, pattern)
-            axes.set_yscale("log")
-            axes.set_title(pattern)
+        panels = figure.subplots(2, 2, sharex=True, sharey="row")
+        for row, draw, when in zip(panels, (plot_before, plot_after), ("before uptraining", "after"), strict=True):
+            for axes, pattern in zip(row, BORROWED, strict=True):
+                draw(axes, results, pattern)
+                axes.set_yscale("log")
+                axes.set_title(f"{pattern}, {when}")
+                axes.grid(alpha=0.3)
+            row[0].set_ylabel("KL to the donor on held-out text, nats per token")
+            handles = {
+                label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+            }
+            row[1].legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+        for axes in panels[-1]:
             axes.set_xlabel("layers that borrow, %")
-            axes.grid(alpha=0.3)
-        figure.axes[0].set_ylabel("KL to the donor on held-out text, nats per token")
-        handles = {
-            label: handle
-            for axes in figure.axes
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=7)
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -161,7 +162,7 @@ def plot_before(axes, results: list[dict], pattern: str) -> None:
         x = [100 * number / layers for number in picked[name]]
         y = [measured[borrowers] for borrowers in picked[name].values()]
         line = "-" if name in CHOOSERS else ":"
-        axes.plot(x, y, marker=".", color=color, label=f"{name}, before uptraining", linestyle=line)
+        axes.plot(x, y, marker=".", color=color, label=f"{name}, own", linestyle=line)
     for heads, (color, words) in FITTED.items():
         known = untrained(results, pattern, heads)
         for init, line in (("own", "-."), ("fit", "--")):
@@ -171,28 +172,27 @@ def plot_before(axes, results: list[dict], pattern: str) -> None:
                 (100 * n / layers, known[s][init]["kl"]) for n, s in picked["kl"].items() if init in known.get(s, {})
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), color=color, linestyle=line, label=f"kl, {words}, {init}, before")
+                axes.plot(*zip(*points, strict=True), color=color, linestyle=line, label=f"kl, {words}, {init}")
 
 
 def plot_after(axes, results: list[dict], pattern: str) -> None:
-    trained = [one for one in results if "after" in one and one["pattern"] == pattern]
+    """Means over seeds; what both choosers pick is drawn as KL's."""
     picked = chosen(results, pattern)
-    kinds = {(o["num_key_value_heads"], o["budget_fraction"], o.get("shared_init", "own")) for o in trained}
-    for heads, share, init in sorted(kinds):
-        for name in CHOOSERS:
-            here = [
-                one
-                for one in trained
-                if (one["num_key_value_heads"], one["budget_fraction"], one.get("shared_init", "own"))
-                == (heads, share, init)
-                and tuple(one["shared_layers"]) == picked[name].get(len(one["shared_layers"]))
-            ]
-            if here:
-                axes.scatter(
-                    [100 * one["shared_fraction"] for one in here],
-                    [one["after"]["kl"] for one in here],
-                    color=COLORS[name] if heads == 8 else FITTED[heads][0],
-                    edgecolor="black" if share == 0.05 else None,
-                    marker=MARKERS[init],
-                    label=f"{name}, {init}, {share:.0%} uptrained" + (f", {heads} KV heads" if heads != 8 else ""),
-                )
+    found: dict[tuple, dict[float, list[float]]] = {}
+    for one in results:
+        if "after" not in one or one["pattern"] != pattern:
+            continue
+        layers = tuple(one["shared_layers"])
+        chooser = next(name for name in CHOOSERS if picked[name][len(layers)] == layers)
+        kind = one["num_key_value_heads"], chooser, one.get("shared_init", "own"), one["budget_fraction"]
+        found.setdefault(kind, {}).setdefault(100 * one["shared_fraction"], []).append(one["after"]["kl"])
+    for (heads, chooser, init, share), points in sorted(found.items(), key=lambda pair: (-pair[0][0], *pair[0][1:])):
+        x = sorted(points)
+        axes.plot(
+            x,
+            [statistics.fmean(points[fraction]) for fraction in x],
+            color=COLORS[chooser] if heads == 8 else FITTED[heads][0],
+            linestyle=LINES[init],
+            marker=MARKERS[share],
+            label=f"{chooser}, {init}, {share:.0%}" + (f", {heads} KV heads" if heads != 8 else ""),
+        )

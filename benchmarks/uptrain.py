@@ -246,6 +246,7 @@ def grid(name: str) -> list[Cell]:
         *cells((0.01,), (4, 1), (0,), ("distill",), method=BEST),
         *cells((0.1,), (2, 1, 4), (0,), both),
         *cells((0.025, 0.05), (1, 4), (1, 2), both),
+        *cells((0.1,), (2, 1, 4), (1, 2), both),
     ]
 
 
