@@ -14,10 +14,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_gqa import ConversionPlan, Refusal, convert, open_donor
+from hf_gqa import ConversionPlan, Refusal, convert
 from hf_gqa.runtime.modeling_gqa_t5 import GQAT5Config
 from hf_gqa.runtime.modeling_gqa_whisper import GQAWhisperConfig
-from hf_gqa.workflow.recommend import Wanted, recommend
 
 from .seq2seq_donors import NUM_ATTENTION_HEADS, logits_of, randomised, seq2seq_config, seq2seq_donor
 from .test_seq2seq import assert_close, assert_same_logits, every_family, overwrite_groups
@@ -133,11 +132,3 @@ def test_native_whisper_with_fewer_heads_is_silently_wrong_and_the_oracle_sees_i
     assert wrong.shape == right.shape and wrong.isfinite().all(), "no error, no NaN"
     with pytest.raises(AssertionError, match="not close"):
         assert_close(wrong, right)
-
-
-def test_what_weighs_one_cache_is_refused(tmp_path):
-    seq2seq_donor("t5").save_pretrained(tmp_path / "donor")
-    with pytest.raises(
-        Refusal, match=r"^recommend: 'donor' is an encoder-decoder with two caches, and this weighs one\."
-    ):
-        recommend(open_donor(tmp_path / "donor"), Wanted(context_tokens=64, batch_size=1, decode_speedup=1.5))

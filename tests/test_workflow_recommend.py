@@ -8,7 +8,8 @@ import pytest
 from hf_gqa import convert_checkpoint, open_donor
 from hf_gqa.evaluate.report import Interval
 from hf_gqa.refusal import Refusal
-from hf_gqa.workflow.recommend import Wanted, recommend
+from hf_gqa.workflow.recommend import recommend
+from hf_gqa.workflow.serving import Wanted
 from hf_gqa.workflow.sweep_table import FORMAT, SweepRow, SweepTable, donor_hash
 
 from .test_bad_input import run_cli

@@ -8,8 +8,9 @@ from rich.table import Table
 from ..convert.donor import open_donor
 from ..evaluate.memory import parse_memory
 from ..human_units import human_bytes
-from ..workflow.recommend import Recommendation, Wanted
+from ..workflow.recommend import Recommendation
 from ..workflow.recommend import recommend as compare
+from ..workflow.serving import TARGET_TOKENS, Wanted
 from .options import Json, Revision, WeightsOnly
 from .printing import console, errors_as_messages, print_json
 
@@ -17,10 +18,13 @@ from .printing import console, errors_as_messages, print_json
 def recommend(
     donor: str = typer.Argument(..., help="Folder or Hub repository of the donor; it is only read."),
     memory: str = typer.Option(None, help="For weights and cache together, such as 24GB (10^9) or 24GiB (2^30)."),
-    context: int = typer.Option(..., help="Tokens of each sequence."),
+    context: int = typer.Option(..., help="Tokens of each sequence; of an encoder-decoder, that its encoder reads."),
     batch: int = typer.Option(1, help="Sequences at once."),
     cache: str = typer.Option(None, help="For the cache alone, such as 4GB."),
     speedup: float = typer.Option(None, help="Of decoding over the donor, such as 1.5."),
+    target_tokens: int = typer.Option(
+        None, help=f"That an encoder-decoder writes to each; {TARGET_TOKENS} if not said."
+    ),
     sweep: Path = typer.Option(None, help="Folder of hf-gqa sweep, for what each plan cost."),
     revision: Revision = None,
     weights_only: WeightsOnly = False,
@@ -37,6 +41,7 @@ def recommend(
             memory_bytes=parse_memory(memory) if memory is not None else None,
             cache_bytes=parse_memory(cache) if cache is not None else None,
             decode_speedup=speedup,
+            target_tokens=target_tokens,
         )
         found = compare(open_donor(donor, revision=revision, weights_only=weights_only), wanted, sweep)
     if json:

@@ -42,30 +42,6 @@ def parse_memory(memory: str | int) -> int:
     return amount
 
 
-def capacity(
-    donor: PreTrainedModel,
-    student: PreTrainedModel,
-    memory_bytes: int,
-    batch_size: int,
-    longest: Callable[..., int | None] | None = None,
-) -> Capacity:
-    """The longest context of each model, in the dtype it is in.
-
-    Args:
-        longest: in place of `context_that_fits`, with its arguments.
-    """
-    fits = [
-        (longest or context_that_fits)(model.config, weight_bytes(model), model.dtype, memory_bytes, batch_size)
-        for model in (donor, student)
-    ]
-    return Capacity(
-        memory_bytes=memory_bytes,
-        batch_size=batch_size,
-        donor_context_tokens=fits[0],
-        student_context_tokens=fits[1],
-    )
-
-
 def context_that_fits(
     config: PretrainedConfig, weight_bytes: int, dtype: torch.dtype, memory_bytes: int, batch_size: int
 ) -> int | None:
@@ -98,6 +74,29 @@ def context_that_fits(
         return None
     longest = left // growing if growing else max(windows)
     return bisect_right(range(longest + 1), left, key=cache_bytes) - 1
+
+
+def capacity(
+    donor: PreTrainedModel,
+    student: PreTrainedModel,
+    memory_bytes: int,
+    batch_size: int,
+    longest: Callable[..., int | None] = context_that_fits,
+) -> Capacity:
+    """The longest context of each model, in the dtype it is in.
+
+    Args:
+        longest: in place of `context_that_fits`, with its arguments.
+    """
+    fits = [
+        longest(model.config, weight_bytes(model), model.dtype, memory_bytes, batch_size) for model in (donor, student)
+    ]
+    return Capacity(
+        memory_bytes=memory_bytes,
+        batch_size=batch_size,
+        donor_context_tokens=fits[0],
+        student_context_tokens=fits[1],
+    )
 
 
 def working_bytes(config: PretrainedConfig, dtype: torch.dtype, batch_size: int) -> int:

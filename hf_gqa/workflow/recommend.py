@@ -3,46 +3,18 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import PretrainedConfig
-
-from ..convert.cache_bytes import cache_bytes_computed, cached_heads
 from ..convert.donor import Donor
+from ..convert.donor_sites import decoder_key_value_heads
 from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.target import choose_target
-from ..evaluate.memory import context_that_fits, working_bytes
-from ..export.explanation import explain, facts, stored_dtype
+from ..export.explanation import explain, facts
 from ..human_units import human_bytes
 from ..refusal import Refusal
+from .serving import ServingBytes, Wanted, serving_bytes, serving_bytes_with_encoder
 from .sweep_table import SweepRow, SweepTable, donor_hash
 
 
 WORTH_SAYING_SPEEDUP = 1.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What serving asks for; None: no such wish.
-
-    Args:
-        memory_bytes: for weights, cache and working memory of `batch_size` sequences of `context_tokens`.
-        cache_bytes: for the cache alone.
-        decode_speedup: over the donor.
-    """
-
-    context_tokens: int
-    batch_size: int
-    memory_bytes: int | None = None
-    cache_bytes: int | None = None
-    decode_speedup: float | None = None
-
-    def __post_init__(self):
-        for name in ("context_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise Refusal(f"{name} = {getattr(self, name)}: use a whole number from 1 on.")
-        if self.memory_bytes is None and self.cache_bytes is None and self.decode_speedup is None:
-            raise Refusal("recommend: nothing is asked for. Give --memory, --cache or --speedup.")
-        if self.decode_speedup is not None and not self.decode_speedup > 0:
-            raise Refusal(f"speedup = {self.decode_speedup}: use a number above 0, such as 1.5.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +73,22 @@ class Recommendation:
 def recommend(donor: Donor, wanted: Wanted, sweep: SweepTable | str | Path | None = None) -> Recommendation:
     """Compare the donor with every student it can become; reads shapes, no weights, unless there is a sweep to match.
 
+    Of an encoder-decoder the decoder's heads are compared, for an encoder of all its heads.
+
     Raises:
-        Refusal: an encoder-decoder, a sweep of another donor, or heads that differ between layers.
+        Refusal: an encoder, which keeps no cache; a sweep of another donor; heads that differ between layers.
     """
-    if donor.layout.cross_attention is not None:
+    if donor.layout.bidirectional:
         raise Refusal(
-            f"recommend: '{donor.name}' is an encoder-decoder with two caches, and this weighs one. Use hf-gqa inspect, which "
-            f"shows both for every number of KV heads."
+            f"recommend: '{donor.name}' is an encoder, which keeps no cache and decodes nothing: fewer KV heads take away "
+            f"parameters only. Use hf-gqa inspect, which shows how many."
         )
+    wanted = wanted.of(donor)
     if isinstance(sweep, str | Path):
         sweep = SweepTable.read(sweep)
     if sweep is not None and sweep.donor_identity != donor_hash(donor):
         raise Refusal(f"sweep: is of another donor ('{sweep.donor}') than {donor.name}. Make one with hf-gqa sweep.")
-    if len(set(donor.num_key_value_heads)) != 1:
+    if len(set(decoder_key_value_heads(donor.family, donor.layout, donor.config))) != 1:
         raise Refusal(f"{donor.name}: its layers have different numbers of KV heads. Use its donor.")
     options = options_of(donor, wanted, sweep)
     chosen = choose(options, sweep is not None)
@@ -137,47 +112,36 @@ def options_of(donor: Donor, wanted: Wanted, sweep: SweepTable | None) -> tuple[
         plan = ConversionPlan(num_key_value_heads=heads)
         target = choose_target(donor, plan)
         after = explain(donor, plan, target).after if heads != present else facts(donor)
-        found.append(_option(donor, target.config, heads, after, target.export, wanted, found, sweep))
+        bytes_of = serving_bytes if donor.layout.cross_attention is None else serving_bytes_with_encoder
+        serving = bytes_of(donor, target.config, after["weight_bytes"], wanted)
+        found.append(_option(heads, target.export, after, serving, wanted, found, best_try(heads, sweep)))
     return tuple(found)
 
 
 def _option(
-    donor: Donor, config: PretrainedConfig, heads: int, after: dict, export: str, wanted: Wanted, above: list, sweep
+    heads: int, export: str, after: dict, serving: ServingBytes, wanted: Wanted, above: list[Option], tried: dict | None
 ) -> Option:
-    dtype, tried = stored_dtype(donor), best_try(heads, sweep)
-    of_layers = cached_heads(config)
-    cache = cache_bytes_computed(config, of_layers, dtype, "static", wanted.context_tokens, wanted.batch_size)
-    working = working_bytes(config, dtype, wanted.batch_size)
-    step = after["weight_bytes"] - unread_bytes(donor) + cache
+    weights, step = after["weight_bytes"], after["weight_bytes"] - serving.unread + serving.cache
     speedup = above[0].step_bytes / step if above else 1.0
-    longest = None
-    if wanted.memory_bytes is not None:
-        longest = context_that_fits(config, after["weight_bytes"], dtype, wanted.memory_bytes, wanted.batch_size)
     meets = (
-        (wanted.memory_bytes is None or after["weight_bytes"] + cache + working <= wanted.memory_bytes)
-        and (wanted.cache_bytes is None or cache <= wanted.cache_bytes)
+        (wanted.memory_bytes is None or weights + serving.cache + serving.working <= wanted.memory_bytes)
+        and (wanted.cache_bytes is None or serving.cache <= wanted.cache_bytes)
         and (wanted.decode_speedup is None or speedup >= wanted.decode_speedup)
     )
     return Option(
         num_key_value_heads=heads,
         keeps=not above,
         export=export if above else "none needed",
-        weight_bytes=after["weight_bytes"],
-        cache_bytes=cache,
-        working_bytes=working,
+        weight_bytes=weights,
+        cache_bytes=serving.cache,
+        working_bytes=serving.working,
         step_bytes=step,
         allowed_decode_speedup=speedup,
-        longest_context_tokens=longest,
+        longest_context_tokens=serving.longest_context_tokens,
         tensor_parallel_sizes=after["tensor_parallel_sizes"],
         meets=meets,
         tried=tried,
     )
-
-
-def unread_bytes(donor: Donor) -> int:
-    """An input embedding of its own: decoding reads a row of it."""
-    tied = getattr(donor.config, "tie_word_embeddings", False)
-    return 0 if tied else donor.config.vocab_size * donor.config.hidden_size * stored_dtype(donor).itemsize
 
 
 def best_try(heads: int, sweep: SweepTable | None) -> dict | None:
@@ -228,6 +192,8 @@ def reasons(donor: Donor, wanted: Wanted, options: tuple[Option, ...], chosen: O
     """The arithmetic behind the verdict."""
     before, after = options[0], chosen or options[-1]
     size = f"{wanted.batch_size:,} x {wanted.context_tokens:,} tokens"
+    if wanted.target_tokens is not None:
+        size = f"{wanted.batch_size:,} x ({wanted.context_tokens:,} tokens read + {wanted.target_tokens:,} written)"
     said = [
         f"Donor: weights {human_bytes(before.weight_bytes)} + cache {human_bytes(before.cache_bytes)} for {size} + working "
         f"{human_bytes(before.working_bytes)} = {human_bytes(before.total_bytes)}"
