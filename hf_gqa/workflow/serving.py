@@ -84,15 +84,13 @@ def serving_bytes(donor: Donor, config: PretrainedConfig, weight_bytes: int, wan
         config: of the donor or of a student of it.
         weight_bytes: of the same.
     """
-    dtype, size = stored_dtype(donor), (wanted.memory_bytes, wanted.batch_size)
+    dtype, tokens, batch = stored_dtype(donor), wanted.context_tokens, wanted.batch_size
     longest = None
     if wanted.memory_bytes is not None:
-        longest = context_that_fits(config, weight_bytes, dtype, *size)
+        longest = context_that_fits(config, weight_bytes, dtype, wanted.memory_bytes, batch)
     return ServingBytes(
-        cache=cache_bytes_computed(
-            config, cached_heads(config), dtype, "static", wanted.context_tokens, wanted.batch_size
-        ),
-        working=working_bytes(config, dtype, wanted.batch_size),
+        cache=cache_bytes_computed(config, cached_heads(config), dtype, "static", tokens, batch),
+        working=working_bytes(config, dtype, batch),
         unread=embedding_bytes(donor),
         longest_context_tokens=longest,
     )
@@ -106,14 +104,13 @@ def serving_bytes_with_encoder(
     A step reads neither the encoder nor the projections that made keys and values of its output.
     """
     dtype, batch = stored_dtype(donor), wanted.batch_size
+    source, target = wanted.context_tokens, wanted.target_tokens
     own, cross = cache_bytes_of_a_token(config, dtype)
-    cache = batch * (wanted.target_tokens * own + wanted.context_tokens * cross)
-    total = step_bytes(config, dtype, batch, wanted.target_tokens) + encoding_bytes(
-        config, dtype, batch, wanted.context_tokens
-    )
+    cache = batch * (target * own + source * cross)
+    total = step_bytes(config, dtype, batch, target) + encoding_bytes(config, dtype, batch, source)
     longest = None
     if wanted.memory_bytes is not None:
-        longest = source_that_fits(config, weight_bytes, dtype, wanted.memory_bytes, batch, wanted.target_tokens)
+        longest = source_that_fits(config, weight_bytes, dtype, wanted.memory_bytes, batch, target)
     heads = seq2seq_heads(config)
     projections = 2 * sum(heads.cross) * heads.head_dim * config.hidden_size * dtype.itemsize
     return ServingBytes(
