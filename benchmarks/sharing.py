@@ -225,6 +225,7 @@ def grid(bench: SharingBench) -> Iterator[SharingCell]:
     yield from cells((half, most), seeds=(1, 2))
     yield from cells((half, most), shares=(0.05,))
     yield from cells((half, quarter), shares=(0.05,), chooser="echoatt")
+    yield from cells((half, quarter), chooser="echoatt", seeds=(1, 2), inits=("own",))
     yield from cells(range(1, bench.layers))
     yield from cells(range(1, bench.layers), heads=(2,))
 
