@@ -226,6 +226,8 @@ def grid(bench: SharingBench) -> Iterator[SharingCell]:
     yield from cells((half, most), shares=(0.05,))
     yield from cells((half, quarter), shares=(0.05,), chooser="echoatt")
     yield from cells((half, quarter), chooser="echoatt", seeds=(1, 2), inits=("own",))
+    yield from cells((half,), shares=(0.01, 0.05), chooser="every_2", inits=("own",))
+    yield from cells((half,), seeds=(1, 2), chooser="every_2", inits=("own",))
     yield from cells(range(1, bench.layers))
     yield from cells(range(1, bench.layers), heads=(2,))
 

@@ -7,7 +7,7 @@ from hf_gqa.analyze.borrowing import BORROWED
 from hf_gqa.analyze.solver import cheapest_choices, choose, greedy_choices
 
 
-CHOOSERS = ("kl", "echoatt")
+CHOOSERS = ("kl", "echoatt", "every_2")
 
 
 def pair_costs(results: list[dict], pattern: str) -> dict[tuple[int, int], float]:
@@ -19,7 +19,7 @@ def chosen(results: list[dict], pattern: str) -> dict[str, dict[int, tuple[int, 
     """By chooser and number of borrowers, the borrowers.
 
     "sum" has the smallest sum of pair costs, "kl" is the best of the `CANDIDATES` with the smallest, measured whole; "best" is what
-    the held-out text itself would choose.
+    the held-out text itself would choose, "every_2" every second layer.
     """
     found = {one["cell"]: one for one in results}
     layers = len(found["similarity"]["similarity"])
@@ -33,6 +33,7 @@ def chosen(results: list[dict], pattern: str) -> dict[str, dict[int, tuple[int, 
         "sum": {number: tuple(choose(exact, number).borrowers) for number in numbers},
         "kl": {n: min((s for s in listed if len(s) == n), key=listed.get) for n in numbers},
         "greedy": {number: tuple(greedy[number].borrowers) for number in numbers},
+        "every_2": {layers // 2: tuple(range(1, layers, 2))},
         "echoatt": {number: tuple(sorted(found["similarity"]["ranked"][:number])) for number in numbers},
         "best": {n: min((s for s in measured if len(s) == n), key=measured.get) for n in numbers},
         "worst": {n: max((s for s in measured if len(s) == n), key=measured.get) for n in numbers},
@@ -109,7 +110,7 @@ def uptrained_table(results: list[dict]) -> str:
         groups.items(), key=lambda pair: (pair[0][:3], len(pair[0][3]), pair[0][3:])
     ):
         picked = chosen(results, pattern)
-        names = [name for name in ("kl", "echoatt", "best") if picked[name][len(layers)] == layers]
+        names = [name for name in (*CHOOSERS, "best") if picked[name].get(len(layers)) == layers]
         before = [statistics.fmean(one["before"][name] for one in found) for name in ("loss", "kl")]
         after = [statistics.fmean(one["after"][name] for one in found) for name in ("loss", "kl", "top1_agreement")]
         spread = f" ± {statistics.stdev(one['after']['loss'] for one in found):.3f}" if len(found) > 1 else ""
@@ -121,7 +122,7 @@ def uptrained_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-COLORS = {"kl": "C0", "echoatt": "C3", "best": "C2", "worst": "C7"}
+COLORS = {"kl": "C0", "echoatt": "C3", "every_2": "C8", "best": "C2", "worst": "C7"}
 FITTED = {8: ("C4", "all heads"), 2: ("C1", "2 KV heads")}
 LINES = {"own": "-", "fit": "--"}
 MARKERS = {0.01: "o", 0.05: "s"}
@@ -183,7 +184,7 @@ def plot_after(axes, results: list[dict], pattern: str) -> None:
         if "after" not in one or one["pattern"] != pattern:
             continue
         layers = tuple(one["shared_layers"])
-        chooser = next(name for name in CHOOSERS if picked[name][len(layers)] == layers)
+        chooser = next(name for name in CHOOSERS if picked[name].get(len(layers)) == layers)
         kind = one["num_key_value_heads"], chooser, one.get("shared_init", "own"), one["budget_fraction"]
         found.setdefault(kind, {}).setdefault(100 * one["shared_fraction"], []).append(one["after"]["kl"])
     for (heads, chooser, init, share), points in sorted(found.items(), key=lambda pair: (-pair[0][0], *pair[0][1:])):
