@@ -133,6 +133,28 @@ def test_plan_meets_its_budget_with_the_best_candidate(donor, text, budget, laye
     assert plan.owners == tuple(best.items()) and ConversionPlan.from_dict(result.plan).shared_layers == tuple(best)
 
 
+@pytest.mark.parametrize("budget", [{"shared_layers": 2}, {"parameters": 40_000}, {"cache_bytes_per_token": 768}])
+def test_plan_by_similarity_is_the_first_in_its_order_that_meets_the_budget(donor, text, budget):
+    result = Analysis(donor, text=[str(text)], choose_by="similarity", **SMALL, **budget).run()
+    ordered, plan = [one for one in result.choices if one.chooser == "echoatt"], result.choices[-1]
+    assert plan.chooser == "plan" and [len(one.owners) for one in ordered] == [1, 2, 3]
+    ((name, amount),) = budget.items()
+
+    def meets(one) -> bool:
+        return len(one.owners) >= amount if name == "shared_layers" else getattr(one, name) <= amount
+
+    assert plan.owners == next(one.owners for one in ordered if meets(one))
+    assert ConversionPlan.from_dict(result.plan).shared_layers == tuple(borrower for borrower, _ in plan.owners)
+
+
+def test_no_candidates_are_measured_for_a_plan_by_similarity(donor, text):
+    by_kl, by_similarity = (
+        Analysis(donor, text=[str(text)], shared_layers=2, choose_by=name, **SMALL).explanation()["forward_passes"]
+        for name in ("kl", "similarity")
+    )
+    assert by_kl - by_similarity == 9 * 4
+
+
 def test_reach_and_fewer_heads(donor, text):
     analysis = Analysis(donor, text=[str(text)], reach=1, num_key_value_heads=2, shared_layers=2, **SMALL)
     assert analysis.pairs == [(1, 0), (2, 1), (3, 2)]
@@ -192,6 +214,8 @@ def test_durations():
         (["--sample-tokens", 65], "sample_tokens = 65: 'donor' has positions for 64 tokens. Use 64 or fewer."),
         (["--sample-tokens", 1], "sample_tokens = 1: is too small. Use 2 or more."),
         (["--num-key-value-heads", 3, "--shared-layers", 1], "num_key_value_heads = 3 does not divide"),
+        (["--choose-by", "echoatt"], "choose_by = 'echoatt' is unknown. Use one of kl, similarity."),
+        (["--choose-by", "similarity", "--reach", 2], "reach = 2: the order of similarity knows no reach."),
         (["--dtype", "int8"], "dtype = 'int8' is unknown. Use one of auto, float32, bfloat16, float16."),
         (["--device", "nowhere"], "device = 'nowhere' is not to be had"),
     ],

@@ -20,7 +20,7 @@ from ..progress_bar import progress_bar
 from ..text.source import keep_bars_on_terminals
 from .borrowing import RowScores, Sharing, measure_sharings
 from .candidates import candidate_pairs, check_donor, layer_kinds, resolved_sample_tokens, rows_of_text
-from .choices import check_budget, choices_by_number, plan_of, shortlist
+from .choices import check_budget, choices_by_number, most_alike, plan_of, shortlist
 from .echoatt import kept_layers, mean_similarity
 from .prices import PriceList
 from .recipe import AnalysisRecipe
@@ -84,7 +84,8 @@ class Analysis:
     def explanation(self) -> dict:
         """What will be run, before it is; one row is read for it, twice."""
         layers = len(self.kinds)
-        candidates = 1 + self.recipe.candidates if self.recipe.budgets else 0
+        by_kl = self.recipe.budgets and self.recipe.choose_by == "kl"
+        candidates = 1 + self.recipe.candidates if by_kl else 0
         rows = len(self.samples_NT) + (1 + len(self.pairs) + candidates) * len(self.to_choose_NT)
         most = rows + (1 + 3 * (layers - 1) + 2) * len(self.to_check_NT)  # three choosers, the paper's blocks, the plan
         return {
@@ -123,7 +124,7 @@ class Analysis:
         scores = self._measured("Pairs", singles, self.to_choose_NT)
         costs = {pair: max(0.0, one.kl) for pair, one in zip(self.pairs, scores, strict=True)}
         picked = choices_by_number(self.kinds, costs, similarity, self.recipe.block_layers)
-        chosen = self._best_of(shortlist(self.recipe, self.kinds, costs, self.prices))
+        chosen = self._planned(costs, similarity)
         if chosen is not None:
             picked.append(("plan", chosen))
         donor, checked = self._checked(picked)
@@ -151,6 +152,11 @@ class Analysis:
             seconds=time.perf_counter() - begun,
             notes=tuple(self._notes()),
         )
+
+    def _planned(self, costs: dict[tuple[int, int], float], similarity_LL: np.ndarray) -> Choice | None:
+        if self.recipe.choose_by == "similarity":
+            return most_alike(self.recipe, self.kinds, costs, self.prices, similarity_LL)
+        return self._best_of(shortlist(self.recipe, self.kinds, costs, self.prices))
 
     def _best_of(self, candidates: list[Choice]) -> Choice | None:
         """Measured whole, on the text to choose by: borrowers of one owner may hurt each other, which no sum sees."""

@@ -8,6 +8,7 @@ from .borrowing import BORROWED
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHOOSERS = ("kl", "similarity")
 BUDGETS = ("cache_bytes_per_token", "parameters", "shared_layers")
 POSITIVE = (*BUDGETS, "tokens", "samples", "reach", "batch_size", "num_key_value_heads", "candidates")
 
@@ -24,7 +25,8 @@ class AnalysisRecipe(Recipe):
         shared_layers: how many layers shall borrow, which is what makes it faster. Without any of the three no plan is made.
         num_key_value_heads: KV heads of every layer of the student; None: as many as the donor has. What borrowing costs is
             measured with the donor's own in any case.
-        candidates: of the sharings with the smallest sums of costs, how many are measured whole before one is the plan.
+        choose_by: what the plan goes by: "kl", what borrowing costs untrained, or "similarity" of attention, as in EchoAtt.
+        candidates: chosen by KL: of the sharings with the smallest sums of costs, how many are measured whole before one is the plan.
         tokens: to measure costs on, and as many more to check choices on.
         samples: of the rows to choose by, over which the similarity of attention is averaged; at most all of them.
         sample_tokens: of a sample, and of the rows of all text; None: 512, or the longest that the donor takes.
@@ -45,6 +47,7 @@ class AnalysisRecipe(Recipe):
     parameters: int | None = None
     shared_layers: int | None = None
     num_key_value_heads: int | None = None
+    choose_by: str = "kl"
     candidates: int = 8
     tokens: int = 16_384
     samples: int = 32
@@ -71,6 +74,12 @@ class AnalysisRecipe(Recipe):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise Refusal(f"{name} = {value}: is too small. Use 2 or more.")
+        if self.choose_by not in CHOOSERS:
+            raise Refusal(f"choose_by = {self.choose_by!r} is unknown. Use one of {', '.join(CHOOSERS)}.")
+        if self.choose_by == "similarity" and self.reach is not None:
+            raise Refusal(
+                f"reach = {self.reach}: the order of similarity knows no reach. Leave it out, or choose by kl."
+            )
         if self.dtype not in DTYPES:
             raise Refusal(f"dtype = {self.dtype!r} is unknown. Use one of {', '.join(DTYPES)}.")
 

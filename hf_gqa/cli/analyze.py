@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..analyze import Analysis, AnalysisRecipe, AnalysisResult
 from ..analyze.borrowing import BORROWED
-from ..analyze.recipe import DTYPES
+from ..analyze.recipe import CHOOSERS, DTYPES
 from ..analyze.result import PLAN_FILE, Chosen
 from ..analyze.write_analysis import check_analysis_folder, write_analysis
 from ..convert.donor import open_donor
@@ -27,7 +27,8 @@ HELP = {
     "cache_bytes_per_token": "Budget: the most cache per token, in bytes.",
     "parameters": "Budget: the most parameters.",
     "num_key_value_heads": "KV heads of every layer of the student; the donor's if not said.",
-    "candidates": "Measure so many of the cheapest sharings whole before one is the plan; 8 if not said.",
+    "choose_by": f"What the plan goes by: {', '.join(CHOOSERS)}; kl if not said. Before training kl is better, after it often not.",
+    "candidates": "Chosen by kl: measure so many of the cheapest sharings whole before one is the plan; 8 if not said.",
     "tokens": "Measure costs on so many tokens, and check choices on as many more; 16384 if not said.",
     "samples": "Average the similarity of attention over so many samples; 32 if not said.",
     "sample_tokens": "Tokens of a sample; 512, or the longest that the donor takes, if not said.",
@@ -148,7 +149,10 @@ def verdict(result: AnalysisResult) -> str:
     better = sum(found["kl"].kl < found["echoatt"].kl for found in differing)
     if not differing:
         return "Both choosers choose the same layers."
-    return f"Chosen by KL beats chosen by similarity at {better} of {len(differing)} numbers of borrowers where they differ."
+    return (
+        f"Without training, chosen by KL beats chosen by similarity at {better} of {len(differing)} numbers of borrowers where "
+        f"they differ."
+    )
 
 
 def print_next(result: AnalysisResult, donor: str, output_dir: Path) -> None:
