@@ -224,6 +224,7 @@ def grid(bench: SharingBench) -> Iterator[SharingCell]:
     yield from cells((half, quarter), chooser="echoatt")
     yield from cells((half, most), seeds=(1, 2))
     yield from cells((half, most), shares=(0.05,))
+    yield from cells((half, most), shares=(0.05,), heads=(2,), inits=("own",))
     yield from cells((half, quarter), shares=(0.05,), chooser="echoatt")
     yield from cells((half, quarter), chooser="echoatt", seeds=(1, 2), inits=("own",))
     yield from cells((half,), shares=(0.01, 0.05), chooser="every_2", inits=("own",))
