@@ -20,7 +20,7 @@ from ..progress_bar import progress_bar
 from ..text.source import keep_bars_on_terminals
 from .borrowing import RowScores, Sharing, measure_sharings
 from .candidates import candidate_pairs, check_donor, layer_kinds, resolved_sample_tokens, rows_of_text
-from .choices import check_budget, choices_by_number, most_alike, plan_of, shortlist
+from .choices import check_budget, choices_by_number, first_that_meets, plan_of, shortlist
 from .echoatt import kept_layers, mean_similarity
 from .prices import PriceList
 from .recipe import AnalysisRecipe
@@ -124,7 +124,7 @@ class Analysis:
         scores = self._measured("Pairs", singles, self.to_choose_NT)
         costs = {pair: max(0.0, one.kl) for pair, one in zip(self.pairs, scores, strict=True)}
         picked = choices_by_number(self.kinds, costs, similarity, self.recipe.block_layers)
-        chosen = self._planned(costs, similarity)
+        chosen = self._planned(costs, picked)
         if chosen is not None:
             picked.append(("plan", chosen))
         donor, checked = self._checked(picked)
@@ -153,9 +153,10 @@ class Analysis:
             notes=tuple(self._notes()),
         )
 
-    def _planned(self, costs: dict[tuple[int, int], float], similarity_LL: np.ndarray) -> Choice | None:
+    def _planned(self, costs: dict[tuple[int, int], float], picked: list[tuple[str, Choice]]) -> Choice | None:
         if self.recipe.choose_by == "similarity":
-            return most_alike(self.recipe, self.kinds, costs, self.prices, similarity_LL)
+            ordered = [choice for chooser, choice in picked if chooser == "echoatt"]
+            return first_that_meets(self.recipe, ordered, self.prices)
         return self._best_of(shortlist(self.recipe, self.kinds, costs, self.prices))
 
     def _best_of(self, candidates: list[Choice]) -> Choice | None:

@@ -44,7 +44,7 @@ def choices_by_number(
     exact, greedy = cheapest_choices(kinds, costs, one_each), greedy_choices(kinds, costs, one_each)
     found = [("kl", choice) for choice in exact if choice.owners]
     found += [("greedy", choice) for choice in greedy if choice.owners]
-    can_borrow = layers_that_can_borrow(kinds)
+    can_borrow = [layer for layer, kind in enumerate(kinds) if kind in kinds[:layer]]
     ranked = ranked_borrowers(similarity_LL, can_borrow)
     found += [("echoatt", _of(ranked[:number], kinds, costs)) for number in range(1, len(ranked) + 1)]
     found.sort(key=lambda pair: len(pair[1].owners))
@@ -70,26 +70,13 @@ def shortlist(
     return []
 
 
-def most_alike(
-    recipe: AnalysisRecipe,
-    kinds: Sequence[str],
-    costs: Mapping[tuple[int, int], float],
-    prices: PriceList,
-    similarity_LL: np.ndarray,
-) -> Choice | None:
-    """The fewest borrowers in EchoAtt's order that meet the recipe's budget, which has been checked; None without one."""
+def first_that_meets(recipe: AnalysisRecipe, choices: Sequence[Choice], prices: PriceList) -> Choice | None:
+    """Of choices with ever more borrowers the first that meets the recipe's budget, which has been checked; None without one."""
     for budget in recipe.budgets:
         wanted = prices.to_save(recipe.sharing, budget, getattr(recipe, budget))
         saved = prices.saved(recipe.sharing, budget)
-        ranked = ranked_borrowers(similarity_LL, layers_that_can_borrow(kinds))
-        choices = (choice_of(ranked[:number], kinds, costs, saved) for number in range(1, len(ranked) + 1))
-        return next(choice for choice in choices if choice.saved >= wanted)
+        return next(choice for choice in choices if sum(saved[layer] for layer in choice.owners) >= wanted)
     return None
-
-
-def layers_that_can_borrow(kinds: Sequence[str]) -> list[int]:
-    """Those with an earlier one of their kind."""
-    return [layer for layer, kind in enumerate(kinds) if kind in kinds[:layer]]
 
 
 def plan_of(donor: Donor, recipe: AnalysisRecipe, choice: Choice) -> ConversionPlan:
