@@ -20,7 +20,7 @@ test: quality test-all test-oldest
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,qlora]'
 	touch $@
 
 quality: $(VENV)/ready

@@ -136,7 +136,7 @@ def test_text_is_refused(tmp_path, folders, name, content, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"- teacher\n", "holds list, expected keys such as teacher, teacher_logits, train_file."),
+        (b"- teacher\n", "holds list, expected keys such as teacher, teacher_dtype, teacher_device_map."),
         (b"", "holds NoneType, expected keys"),
         (b"just words", "holds str, expected keys"),
         (
@@ -151,7 +151,7 @@ def test_text_is_refused(tmp_path, folders, name, content, words):
         (b"teacher: [\n", "not a readable YAML file (while parsing a flow node"),
         (b"when: 2020-13-45\n", "not a readable YAML file (month must be in 1..12). Correct it."),
         (b"[" * 20_000, "not a readable YAML file ("),
-        (b"budget: 5\n", "unknown key 'budget'. Known: teacher, teacher_logits, train_file, "),
+        (b"budget: 5\n", "unknown key 'budget'. Known: teacher, teacher_dtype, "),
         (b"learning_rate: fast\n", "learning_rate = 'fast' is not a number."),
         (b"streaming: 'no'\n", "streaming = 'no' is not true or false."),
         (b"phases: [kl]\n", "phase: got 'kl', expected an object with keys of share, objective, train,"),

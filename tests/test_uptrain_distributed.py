@@ -272,11 +272,14 @@ def test_example_shards(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def commanded(tmp_path_factory) -> Path:
-    """A student, a recipe, and the student that `hf_gqa.uptrain` makes of them in this process with twice the batch."""
+    """A student, a recipe, and the student that `hf_gqa.uptrain` makes of them in this process with twice the batch.
+
+    The 29 rows of the budget do not go evenly into the batches of two processes.
+    """
     folder = tmp_path_factory.mktemp("commanded")
     convert_checkpoint(EXAMPLES / "donor", folder / "student", num_key_value_heads=2)
     shutil.copy(TESTS.parent / "README.md", folder / "corpus.txt")
-    values = {"teacher": str(EXAMPLES / "donor"), "train_file": [str(folder / "corpus.txt")], "budget_tokens": 1000}
+    values = {"teacher": str(EXAMPLES / "donor"), "train_file": [str(folder / "corpus.txt")], "budget_tokens": 900}
     values |= {"sequence_length": 32, "eval_tokens": 224, "logging_steps": 1, "eval_steps": 3}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values | {"per_device_train_batch_size": 2}))
     values |= {"train_file": tuple(values["train_file"]), "per_device_train_batch_size": 4}
@@ -296,6 +299,8 @@ def test_command_under_accelerate_launch(commanded, tmp_path, wrapper):
     printed = accelerate(tmp_path / "cpu.yaml", [script, "uptrain", student, output, "--config", recipe])
     assert "8 steps of 128" in printed and printed.count("Wrote ") == 1
     logs = [json.loads((folder / "uptraining.json").read_text())["log"] for folder in (output, commanded / "one")]
+    for entry in (entry for log in logs for entry in log):
+        entry.pop("num_input_tokens_seen")  # Trainer's, filling included
     assert_same_log(*logs, rel=1e-4, gradient=1e-4)
     weights = [load_file(folder / "model.safetensors") for folder in (output, commanded / "one")]  # in bf16
     assert distance(*weights) < 1e-3 and not (tmp_path / "two.unfinished").exists()

@@ -34,6 +34,30 @@ def plain(items) -> list[dict]:
     return [{name: np.asarray(value).tolist() for name, value in item.items()} for item in items]
 
 
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 7), budget=st.integers(LENGTH, 90), multiple_of=st.integers(1, 9), streamed=st.booleans())
+def test_items_that_make_up_the_number_teach_nothing(count, budget, multiple_of, streamed):
+    """Where processes share the items out; accelerate would train the first ones again."""
+    made = {}
+    for number in (1, multiple_of):
+        if streamed:
+            made[number] = plain(BudgetedStream(stream(count), budget, fill_token_id=99, multiple_of=number))
+        else:
+            items = BudgetedRows(rows(count), budget, 0, fill_token_id=99, multiple_of=number)
+            made[number] = plain(items[i] for i in range(len(items)))
+    alone, found = made[1], made[multiple_of]
+    assert found[: len(alone)] == alone and len(found) == math.ceil(len(alone) / multiple_of) * multiple_of
+    batch = PackedCollator()([{name: np.array(value) for name, value in item.items()} for item in found])
+    assert int((batch["labels"] != -100).sum()) == int(
+        (
+            PackedCollator()([{name: np.array(value) for name, value in item.items()} for item in alone])["labels"]
+            != -100
+        ).sum()
+    )
+    for item in found[len(alone) :]:
+        assert item["valid_tokens"] == 0 and item["input_ids"] == [99] * LENGTH
+
+
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(1, 7), budget=st.integers(LENGTH, 90), seed=st.integers(0, 2**64))
 def test_budget_is_spent_to_the_token(count, budget, seed):

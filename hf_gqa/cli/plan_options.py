@@ -7,6 +7,7 @@ import typer
 import yaml
 
 from ..convert.plan import SHARED_INITS, ConversionPlan
+from ..recipe import read_yaml
 from ..refusal import Refusal
 from ..sharing import SHARINGS
 
@@ -81,7 +82,7 @@ def read_plan(path: Path, asked: dict) -> ConversionPlan:
         option = f"--{said[0].replace('_', '-')}"
         raise Refusal(f"--plan {path}: {option} is part of the plan. Leave the option out, or write it into the file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise Refusal(f"--plan {path}: no such file. Give a plan in YAML.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

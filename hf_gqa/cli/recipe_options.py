@@ -22,9 +22,11 @@ class Asked:
 
     def recipe(self) -> Recipe:
         """Raises Refusal for a file or values that make no recipe."""
-        return self.recipe_class.from_dict(
-            (self.recipe_class.read(self.config) if self.config is not None else {}) | self.given
-        )
+        of_file = self.recipe_class.read(self.config) if self.config is not None else {}
+        for name, replaced in self.recipe_class.replaces.items():
+            if self.given.get(name):
+                of_file = {key: value for key, value in of_file.items() if key not in replaced}
+        return self.recipe_class.from_dict(of_file | self.given)
 
 
 def with_options_of(recipe_class: type[Recipe], help_texts: dict[str, str]) -> Callable[[Callable], Callable]:

@@ -8,6 +8,8 @@ from .recipe_options import with_options_of
 
 HELP = {
     "teacher": "Donor to distil from: folder or Hub repository.",
+    "teacher_dtype": "Load the teacher as a model of its own, float32 or bfloat16; else it uses the student's frozen tensors.",
+    "teacher_device_map": "The same, where: cpu, cuda:1, or auto to spread it over what there is.",
     "teacher_logits": "Folder of `hf-gqa teacher-logits`, in place of running the teacher.",
     "train_file": "Text: .txt, .jsonl, .parquet, or folders of them; repeatable.",
     "dataset_name": "Text: a dataset on the Hub or in a folder.",
@@ -25,6 +27,7 @@ HELP = {
     "objective": f"One of {', '.join(OBJECTIVES.names())}; distill if there is a teacher.",
     "train": f"Parameters to train: {', '.join(TRAINED)}; the objective's choice if not said.",
     "lora_rank": "Train adapters of this rank, and key and value projections in full.",
+    "load_in_4bit": "QLoRA: keep all that is not trained in four bits. Needs bitsandbytes.",
     "learning_rate": "Peak; 0.256 / hidden_size if not said.",
     "sequence_length": "Tokens per row; what the student can, up to 1024, if not said.",
     "attend_across_documents": "Let the documents of a packed row see each other.",
@@ -37,7 +40,7 @@ HELP = {
     "seed": "Of the order of the text, of sampled text, of adapters.",
     "logging_steps": "How often losses are logged.",
     "eval_steps": "How often the held-out text is evaluated.",
-    "save_steps": "How often a checkpoint is saved.",
+    "save_steps": "How often a checkpoint is saved; with --export best, whenever it is evaluated.",
     "export": "Write the 'last' student, or the 'best' by held-out loss.",
 }
 with_uptrain_options = with_options_of(UptrainRecipe, HELP)

@@ -30,20 +30,20 @@ class Student:
     manifest: Manifest | None
 
 
-def open_student(name_or_path: str | Path, dtype: torch.dtype, kind: str = CAUSAL_LM) -> Student:
-    """Raises Refusal for what cannot be opened, or is a model of another kind."""
+def open_student(name_or_path: str | Path, dtype: torch.dtype, kind: str = CAUSAL_LM, **loading) -> Student:
+    """Raises Refusal for what cannot be opened, or is a model of another kind; `loading` goes to `from_pretrained`."""
     folder = Path(name_or_path).expanduser()
     manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
     if manifest is not None and manifest.model_class.startswith("GPTBigCode"):  # no donor, for now
         stored = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading)
     else:
         opened = open_donor(name_or_path)
         folder = opened.folder  # of a repository, where it was downloaded to
         manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
         _check_kind(name_or_path, opened, kind)
         stored = opened.tensors.dtype(next(name for names in opened.tensors.shards.values() for name in names))
-        model = opened.model_class.from_pretrained(folder, config=opened.config, dtype=dtype)
+        model = opened.model_class.from_pretrained(folder, config=opened.config, dtype=dtype, **loading)
     return Student(folder=folder, model=model, tokenizer=load_tokenizer(folder), stored_dtype=stored, manifest=manifest)
 
 
@@ -87,7 +87,12 @@ def check_same_tokens(donor: Donor, student: Student, role: str, advice: str) ->
             f"{role} {donor.name}: its vocabulary has {theirs:,} tokens, the student's {ours:,}; their predictions cannot "
             f"be compared. {advice}"
         )
-    mine = student.tokenizer.get_vocab()
+    check_same_tokenizer(donor, student.tokenizer, role, advice)
+
+
+def check_same_tokenizer(donor: Donor, tokenizer: PreTrainedTokenizerBase, role: str, advice: str) -> None:
+    """The second half of `check_same_tokens`."""
+    mine = tokenizer.get_vocab()
     other = load_tokenizer(donor.folder).get_vocab()
     if mine != other:
         token = next(iter(sorted(set(mine.items()) ^ set(other.items()), key=lambda item: (item[1], item[0]))))[0]

@@ -1,6 +1,7 @@
 """What an evaluation shall measure: the options of `hf-gqa evaluate`, checked, as one value."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..recipe import Recipe
 from ..refusal import Refusal
@@ -19,6 +20,7 @@ POSITIVE = (
     "repetitions",
 )
 POSITIVE += ("continuation_tokens", "sampled_tokens", "num_beams", "generation_tokens")
+OF_DATASETS = ("dataset_name", "dataset_config_name", "dataset_split")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,12 @@ class EvaluationRecipe(Recipe):
             raise Refusal(f"text: got {', '.join(given) or 'none'}. Give exactly one of {', '.join(ways)}.")
         if self.sampled_tokens is None:
             self.text_source()
+
+    replaces: ClassVar = {
+        "text": (*OF_DATASETS, "sampled_tokens"),
+        "dataset_name": ("text", "sampled_tokens"),
+        "sampled_tokens": ("text", *OF_DATASETS, "text_column", "streaming"),
+    }
 
     def text_source(self) -> TextSource:
         return TextSource(

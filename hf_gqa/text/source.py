@@ -164,6 +164,15 @@ def _files(source: TextSource) -> list[Path]:
     return files
 
 
+def has_columns(source: TextSource) -> bool:
+    """Whether any of its files has columns of its own; that of a .txt is named by its reader.
+
+    Raises:
+        Refusal: a file that is not there, or cannot be read.
+    """
+    return any(_reader(file) != "text" for file in _files(source))
+
+
 def _below(folder: Path) -> list[Path]:
     """All files that are not hidden, sorted by path."""
     files = (file for file in folder.rglob("*") if file.is_file())
@@ -217,6 +226,8 @@ def unreadable(where: str, source: TextSource, error: Exception) -> Exception:
             f"Unset it, or download the dataset first."
         )
     reason = " ".join(str(cause).split())[:300].rstrip(".")
+    if "corresponds to no data" in reason and source.train_file:
+        return Refusal(f"{where}: holds no text. Give other text.")
     advice = "Repair the file, or do not stream it" if source.streaming else "Repair the file"
     if source.dataset_name:
         advice = "Check dataset_name, dataset_config_name and dataset_split"

@@ -23,6 +23,8 @@ class BudgetedRows(torch.utils.data.Dataset):
         budget_tokens: tokens to train on, at least one row.
         seed: of the permutations; 0 or more. The same everywhere, for it orders raw PCG64 bits.
         fill_token_id: what stands behind the budget; pad or EOS, if there is one.
+        multiple_of: items of nothing but `fill_token_id` make their number a multiple of this, where several processes share
+            them out; accelerate would repeat the first ones.
 
     Attributes:
         passes: how often the corpus is seen, in fractions too.
@@ -31,17 +33,17 @@ class BudgetedRows(torch.utils.data.Dataset):
         Refusal: no rows, or a budget below one row.
     """
 
-    def __init__(self, rows: Dataset, budget_tokens: int, seed: int, fill_token_id: int = 0):
+    def __init__(self, rows: Dataset, budget_tokens: int, seed: int, fill_token_id: int = 0, multiple_of: int = 1):
         if len(rows) == 0:
             raise Refusal("text: holds no rows. Give more text, or a shorter sequence_length.")
         _check_seed(seed)
-        self.rows, self.seed, self.fill_token_id = rows, seed, fill_token_id
+        self.rows, self.seed, self.fill_token_id, self.multiple_of = rows, seed, fill_token_id, multiple_of
         self.sequence_length = len(rows[0]["input_ids"])
         self.budget_tokens = _checked_budget(budget_tokens, self.sequence_length)
         self.passes = budget_tokens / (len(rows) * self.sequence_length)
 
     def __len__(self) -> int:
-        return math.ceil(self.budget_tokens / self.sequence_length)
+        return _items(self.budget_tokens, self.sequence_length, self.multiple_of)
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -61,7 +63,7 @@ class BudgetedStream(torch.utils.data.IterableDataset):
         rows: as made by `packed_rows` from a stream.
         budget_tokens: tokens to train on, at least one row.
         seed: draws rows from a buffer instead of in order, differently in each pass.
-        fill_token_id: what stands behind the budget.
+        fill_token_id, multiple_of: as in `BudgetedRows`.
         buffer_rows: rows in that buffer.
 
     Attributes:
@@ -77,6 +79,7 @@ class BudgetedStream(torch.utils.data.IterableDataset):
         budget_tokens: int,
         seed: int | None = None,
         fill_token_id: int = 0,
+        multiple_of: int = 1,
         buffer_rows: int = 1000,
     ):
         first = next(iter(rows), None)
@@ -84,13 +87,14 @@ class BudgetedStream(torch.utils.data.IterableDataset):
             raise Refusal("text: the stream holds no rows. Give more text, or a shorter sequence_length.")
         if seed is not None:
             _check_seed(seed)
-        self.rows, self.seed, self.fill_token_id, self.buffer_rows = rows, seed, fill_token_id, buffer_rows
+        self.rows, self.seed, self.fill_token_id, self.multiple_of = rows, seed, fill_token_id, multiple_of
+        self.buffer_rows = buffer_rows
         self.sequence_length = len(first["input_ids"])
         self.budget_tokens = _checked_budget(budget_tokens, self.sequence_length)
         self.passes: float | None = None
 
     def __len__(self) -> int:
-        return math.ceil(self.budget_tokens / self.sequence_length)
+        return _items(self.budget_tokens, self.sequence_length, self.multiple_of)
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
@@ -136,7 +140,8 @@ def _permutation(seed: int, number: int, length: int) -> np.ndarray:
 
 
 def _item(content: dict, row: int, valid_tokens: int, fill_token_id: int) -> dict:
-    """`valid_tokens`: what remains of the budget at the start of the row."""
+    """`valid_tokens`: what remains of the budget at the start of the row; below 0 where it ended before."""
+    valid_tokens = max(0, valid_tokens)
     item = {name: np.array(content[name]) for name in ("input_ids", "position_ids")}
     length = len(item["input_ids"])
     if valid_tokens < length:
@@ -144,6 +149,10 @@ def _item(content: dict, row: int, valid_tokens: int, fill_token_id: int) -> dic
         item["position_ids"][valid_tokens:] = np.arange(length - valid_tokens)
         item["valid_tokens"] = valid_tokens
     return item | {"row": row}
+
+
+def _items(budget_tokens: int, sequence_length: int, multiple_of: int) -> int:
+    return math.ceil(math.ceil(budget_tokens / sequence_length) / multiple_of) * multiple_of
 
 
 def _checked_budget(budget_tokens: int, sequence_length: int) -> int:

@@ -15,7 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from ..convert.donor_folder import carry_files
 from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..convert.student import open_student
+from ..refusal import Refusal
 from ..staging import staged_folder
+from .lora import merged_into
 
 
 def export_student(
@@ -44,8 +47,7 @@ def export_student(
         also: writes further files into the folder before it appears.
         writes: False in processes that only take part in gathering.
     """
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+    model = without_adapters(model, source, dtype)
     state = model.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -73,6 +75,35 @@ def export_student(
         also(staging)
 
 
+def without_adapters(model: nn.Module, source: Path | None, dtype: torch.dtype | None) -> nn.Module:
+    """A copy with its adapters merged, into the weights of `source` where its own are quantized; a model without any as it is.
+
+    Raises:
+        Refusal: quantized weights, and no whole ones to merge into.
+    """
+    adapted = hasattr(model, "merge_and_unload")
+    if not getattr(model, "is_quantized", False):
+        return copy_on_cpu(model).merge_and_unload() if adapted else model
+    if source is None or not adapted:
+        what = "no folder of the student is known" if source is None else "it has no adapters"
+        raise Refusal(
+            f"export: the model is quantized and {what}, so there are no whole weights to write. Give source."
+        )
+    return merged_into(open_student(source, dtype or torch.float32).model, model)
+
+
+def copy_on_cpu(model: nn.Module) -> nn.Module:
+    """A deep copy that takes nothing of a device's memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        return copy.deepcopy(model, {id(tensor): _on_cpu(tensor) for tensor in tensors})
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
 def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Floating-point tensors in another dtype; those that were one tensor under several names still are."""
     made: dict[tuple, torch.Tensor] = {}
@@ -81,6 +112,13 @@ def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.
         if key not in made:
             made[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """The values that a checkpoint in `dtype` will hold, so that what is evaluated is what is written."""
+    for tensor in model.parameters():
+        tensor.copy_(tensor.to(dtype))
 
 
 def _correct_config(path: Path, dtype: torch.dtype | None) -> None:

@@ -56,6 +56,14 @@ class LayerOutputs:
             output = self.attention_modules[layer_idx](*args, **kwargs, **shared)
             self.attention[layer_idx] = output[0] if isinstance(output, tuple) else output
 
+    def set_dropout(self, on: bool) -> None:
+        """Of the attention modules; a teacher that drops nothing cannot be matched by a student that does.
+
+        It stays so until the next forward pass, for checkpointed layers are computed again in the backward pass.
+        """
+        for attention in self.attention_modules.values():
+            attention.train(on)
+
     @contextmanager
     def recorded(self, forced_inputs: dict[int, tuple] | None = None) -> Iterator[None]:
         """Record one forward pass, in which attention modules take the hidden states of `forced_inputs` instead.

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from ..refusal import Refusal
 from ..staging import file_sha256
 from ..text.packing import check_packing, packed_rows
 from ..text.sampled import sampled_rows
-from ..text.source import TextSource, fingerprint, open_documents
+from ..text.source import TextSource, fingerprint, has_columns, open_documents
 from .budgeted_rows import BudgetedRows, BudgetedStream
 from .recipe import UptrainRecipe
 from .stored_teacher import StoredTeacher
@@ -59,7 +60,8 @@ def resolve_sizes(recipe: UptrainRecipe, model: PreTrainedModel, processes: int)
         sequence_length=length,
         per_device_train_batch_size=rows,
         learning_rate=recipe.learning_rate or float(f"{RATE_TIMES_WIDTH / config.hidden_size:.2g}"),
-        eval_tokens=recipe.eval_tokens or min(16_384, max(2048, recipe.total_tokens // 20)),
+        eval_tokens=recipe.eval_tokens
+        or (None if recipe.eval_file else min(16_384, max(2048, recipe.total_tokens // 20))),
         logging_steps=recipe.logging_steps or max(1, steps // 100),
         eval_steps=min(steps, recipe.eval_steps or max(1, steps // 5)),
         save_steps=recipe.save_steps or max(1, steps // 5),
@@ -95,7 +97,7 @@ def prepare_text(recipe: UptrainRecipe, student: Student, teacher: PreTrainedMod
     """
     length, tokenizer = recipe.sequence_length, student.tokenizer
     if recipe.sample_from_teacher:
-        wanted = (recipe.sampled_tokens or recipe.total_tokens) + recipe.eval_tokens
+        wanted = (recipe.sampled_tokens or recipe.total_tokens) + (recipe.eval_tokens or 0)
         rows = sampled_rows(
             *(teacher, tokenizer, work / "sampled"),
             **{"donor_id": donor_id, "tokens": wanted, "sequence_length": length, "seed": recipe.seed},
@@ -111,7 +113,9 @@ def prepare_text(recipe: UptrainRecipe, student: Student, teacher: PreTrainedMod
         rows, held_out = hold_out(rows, max(1, recipe.eval_tokens // length))
     fill = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     made = BudgetedStream if isinstance(rows, IterableDataset) else BudgetedRows
-    train = made(rows, recipe.total_tokens, recipe.seed, fill)
+    processes = PartialState().num_processes
+    together = processes * recipe.per_device_train_batch_size if processes > 1 else 1
+    train = made(rows, recipe.total_tokens, recipe.seed, fill, multiple_of=together)
     return Text(train=train, all_rows=rows, eval=held_out, fingerprint=identity, passes=getattr(train, "passes", None))
 
 
@@ -119,6 +123,7 @@ def eval_rows(recipe: UptrainRecipe, student: Student) -> tuple[Dataset, str]:
     """Rows of the files to evaluate on, and their fingerprint."""
     source = TextSource(train_file=recipe.eval_file)
     try:
+        source = replace(source, text_column=recipe.text_column if has_columns(source) else None)
         return text_rows(source, recipe, student), fingerprint(source)
     except Refusal as error:
         raise Refusal(f"text to evaluate on: {error}".replace("train_file", "eval_file")) from None
@@ -159,11 +164,14 @@ def open_stored_teacher(recipe: UptrainRecipe, text: Text, vocab_size: int) -> S
     return StoredTeacher.open(recipe.teacher_logits, text.all_rows, vocab_size=vocab_size)
 
 
-def facts_of_run(recipe: UptrainRecipe, student: Student, teacher: dict | None, text: Text) -> dict:
+def facts_of_run(
+    recipe: UptrainRecipe, student: Student, donor: dict | None, text: Text, teacher: StoredTeacher | object
+) -> dict:
     """What a run that resumes must agree with.
 
     Args:
-        teacher: what identifies the donor, if there is one.
+        donor: what identifies it, if there is one.
+        teacher: the trainer's; stored logits are compared by what they say of themselves, wherever they lie.
     """
     names = (
         "logging_steps",
@@ -181,7 +189,9 @@ def facts_of_run(recipe: UptrainRecipe, student: Student, teacher: dict | None, 
         "recipe": asked | {"phases": [asdict(phase) for phase in recipe.resolved_phases()]},
         "plan": plan,
         "student": {path.name: file_sha256(path) for path in sorted(student.folder.glob("*.safetensors"))},
-        "teacher": teacher,
+        "teacher": donor,
+        "teacher_logits": asdict(teacher.settings) if isinstance(teacher, StoredTeacher) else None,
         "text": text.fingerprint,
+        "processes": PartialState().num_processes,
     }
     return json.loads(json.dumps(facts))

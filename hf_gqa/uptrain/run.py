@@ -7,6 +7,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from ..text.packing import PackedCollator
 from ..text.source import keep_bars_on_terminals
 from .callback import UptrainCallback, cache_facts
 from .checkpoints import RECORD_FILE
-from .export_student import export_student
-from .lora import add_lora
+from .export_student import export_student, round_to
+from .lora import add_lora, in_four_bits, keep_gradients, merged_into
 from .preparation import (
     Text,
     facts_of_run,
@@ -41,6 +42,7 @@ from .write_teacher_logits import write_teacher_logits
 
 
 OF_A_RUN = re.compile(r"(_replaced-)?checkpoint-\d+|sampled")
+TEXT_TIMEOUT = timedelta(hours=12)  # the other processes wait while the first one samples and packs
 RESULT_FILE, PLOT_FILE = "uptraining.json", "uptraining.svg"
 
 
@@ -50,7 +52,7 @@ class UptrainResult:
 
     Args:
         before, after: evaluation on the held-out rows; `after` is of the weights as written.
-        seconds: of training, evaluations and checkpoints included.
+        seconds, tokens_per_second: of training since it was begun or resumed, evaluations and checkpoints included.
     """
 
     output: str
@@ -99,9 +101,13 @@ class UptrainRun:
         self.output, self.overwrite, self.resume = Path(output).expanduser(), overwrite, resume
         self.work = self.output.parent / f"{self.output.name}.unfinished"
         check_outputs(self.output, overwrite, student, recipe)
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=TEXT_TIMEOUT)
         keep_bars_on_terminals()
         self._check_work()
-        self.student: Student = open_student(student, getattr(torch, recipe.dtype))
+        dtype = getattr(torch, recipe.dtype)
+        loading = in_four_bits(student, dtype) if recipe.load_in_4bit else {}
+        self.student: Student = open_student(student, dtype, **loading)
+        keep_gradients(self.student.model)
         self.recipe = resolve_sizes(recipe, self.student.model, PartialState().num_processes)
         self.donor: Donor | None = open_teacher(recipe, self.student)
         self.text: Text = self._sampled_a_little() if explain_only and recipe.sample_from_teacher else self._text()
@@ -126,6 +132,13 @@ class UptrainRun:
             donor_id, sampler = json.dumps(self.donor_identity), load_whole(self.donor, self.student.model.dtype)
         with PartialState().main_process_first():
             return prepare_text(self.recipe, self.student, sampler, self.work, donor_id)
+
+    def _teacher(self) -> Donor | PreTrainedModel | None:
+        recipe, donor = self.recipe, self.donor
+        if recipe.teacher_dtype is None and recipe.teacher_device_map is None:
+            return donor  # of which the trainer makes one that shares
+        dtype = getattr(torch, recipe.teacher_dtype or recipe.dtype)
+        return load_whole(donor, dtype, recipe.teacher_device_map)
 
     def _sampled_a_little(self) -> Text:
         recipe, work = self.recipe, self.work
@@ -166,7 +179,7 @@ class UptrainRun:
             data_collator=PackedCollator(),
             processing_class=self.student.tokenizer,
             uptrain=self.callback,
-            teacher=open_stored_teacher(recipe, self.text, model.config.vocab_size) or self.donor,
+            teacher=open_stored_teacher(recipe, self.text, model.config.vocab_size) or self._teacher(),
             callbacks=[UptrainProgress(recipe.total_tokens)],
         )
         if recipe.lora_rank is not None and trainer.is_fsdp_enabled:
@@ -223,7 +236,7 @@ class UptrainRun:
         return {
             "student": str(self.student.folder),
             "output": str(self.output),
-            "teacher": self.donor.name if self.donor is not None else recipe.teacher_logits,
+            "teacher": recipe.teacher_logits or (self.donor.name if self.donor is not None else None),
             "budget_tokens": recipe.total_tokens,
             "budget_fraction": recipe.budget_fraction,
             "tokens_per_step": step_tokens,
@@ -231,7 +244,7 @@ class UptrainRun:
             "corpus_passes": text.passes,
             "held_out_tokens": len(text.eval) * recipe.sequence_length,
             "learning_rate": recipe.learning_rate,
-            "parameters": sum(tensor.numel() for tensor in model.parameters()),
+            "parameters": model.num_parameters(),
             "trained_parameters": trained,
             "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
             "gradient_and_optimizer_bytes": trained * 3 * model.dtype.itemsize,
@@ -254,11 +267,10 @@ class UptrainRun:
         if not self.resume and trainer.is_world_process_zero():
             for folder in self.work.glob("checkpoint-*"):  # of a run that --overwrite discards
                 shutil.rmtree(folder)
-        trainer.facts = facts_of_run(self.recipe, self.student, self.donor_identity, self.text)
+        trainer.facts = facts_of_run(self.recipe, self.student, self.donor_identity, self.text, trainer.teacher)
         trainer.train(resume_from_checkpoint=True if self.resume else None)
         seconds = time.perf_counter() - begun
-        model = trainer.model.merge_and_unload() if hasattr(trainer.model, "merge_and_unload") else trainer.model
-        trainer.model = trainer.model_wrapped = model
+        model = trainer.model = trainer.model_wrapped = self._merged(trainer.model)
         round_to(model, self.student.stored_dtype)
         after = trainer.evaluate()
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -271,7 +283,7 @@ class UptrainRun:
             before=evaluation_of(evaluated[0]),
             after=evaluation_of(after),
             seconds=seconds,
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=(tokens - self.callback.tokens_at_begin) / seconds,
             teacher_own_bytes=explanation["teacher_own_bytes"],
             teacher_shared_bytes=explanation["teacher_shared_bytes"],
             kv_cache_bytes_per_token=explanation.get("kv_cache_bytes_per_token"),
@@ -280,6 +292,14 @@ class UptrainRun:
         if trainer.is_world_process_zero():
             shutil.rmtree(self.work, ignore_errors=True)
         return result
+
+    def _merged(self, model: torch.nn.Module) -> torch.nn.Module:
+        if not hasattr(model, "merge_and_unload"):
+            return model
+        if self.recipe.load_in_4bit:
+            whole = open_student(self.student.folder, getattr(torch, self.recipe.dtype)).model
+            return merged_into(whole.to(PartialState().device), model)
+        return model.merge_and_unload(safe_merge=True)  # into new tensors: the old ones are the teacher's too
 
     def _export(self, model, result: UptrainResult) -> None:
         history = self.trainer.state.log_history
@@ -361,17 +381,12 @@ def write_teacher_of_recipe(
     return StoredTeacher.open(output, text.all_rows, vocab_size=donor.config.vocab_size)
 
 
-def load_whole(donor: Donor, dtype: torch.dtype) -> PreTrainedModel:
-    """The donor as a model of its own, where this process computes."""
-    model = donor.model_class.from_pretrained(donor.folder, config=donor.model_config, dtype=dtype)
-    return model.eval().to(PartialState().device)
-
-
-@torch.no_grad()
-def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """The values that a checkpoint in `dtype` will hold, so that what is evaluated is what is written."""
-    for tensor in model.parameters():
-        tensor.copy_(tensor.to(dtype))
+def load_whole(donor: Donor, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
+    """The donor as a model of its own, by default where this process computes."""
+    model = donor.model_class.from_pretrained(
+        donor.folder, config=donor.model_config, dtype=dtype, device_map=device_map
+    ).eval()
+    return model if device_map is not None else model.to(PartialState().device)
 
 
 def evaluation_of(metrics: dict) -> dict:

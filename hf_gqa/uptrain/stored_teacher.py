@@ -192,7 +192,8 @@ class StoredTeacher:
             if stored != value:
                 raise Refusal(
                     f"{folder}: was written with {key} = {stored}, training has {value}. "
-                    f"Train with what it was written for, or write the teacher's logits into another folder."
+                    f"Train with what it was written for (text, sequence_length and what is held out to evaluate on: eval_tokens "
+                    f"or eval_file), or write the teacher's logits into another folder."
                 )
         for shard in range(settings.num_shards):
             check_shard(folder, settings, shard)

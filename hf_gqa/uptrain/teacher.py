@@ -98,7 +98,8 @@ class TeacherLogits:
 
     def __init__(self, teacher: nn.Module):
         self.teacher = teacher
-        self.chunked = isinstance(teacher, PreTrainedModel) and _head_is_all(teacher)
+        offloaded = getattr(teacher, "device", torch.device("cpu")).type == "meta"
+        self.chunked = isinstance(teacher, PreTrainedModel) and not offloaded and _head_is_all(teacher)
 
     @torch.no_grad()
     def __call__(self, inputs: dict):

@@ -1,20 +1,24 @@
 """A Trainer whose loss is the distance to a teacher."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..convert.donor import Donor, open_donor
+from ..convert.student import check_same_tokenizer
 from ..refusal import Refusal
 from .callback import UptrainCallback
 from .checkpoints import CompleteCheckpointsMixin
 from .freezing import trained_names
 from .layer_matching import LayerOutputs, relative_error
+from .lora import keep_gradients
 from .objectives import OBJECTIVES
 from .phases import Objective, Phase, rate_of_step
 from .stored_teacher import StoredTeacher
@@ -24,7 +28,7 @@ from .top_k_loss import top_k_kl
 
 
 EVALUATION = Objective(cross_entropy=1.0)
-GAP = "eval_gap_nats_per_token"
+GAP = "gap_nats_per_token"
 LAYER_PARTS = ("attention_output", "hidden_state")
 
 
@@ -50,13 +54,22 @@ class DistillationMixin:
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args, uptrain: UptrainCallback, teacher=None, **kwargs):
-        model = kwargs["model"] if "model" in kwargs else args[0]
+        model = kwargs["model"] if "model" in kwargs else args[0] if args else None
+        if not isinstance(model, torch.nn.Module):
+            raise Refusal(
+                f"model = {model!r} is no model in memory, and what is trained must be known before Trainer is made. Load the "
+                f"student, and leave model_init out."
+            )
         uptrain.phases = uptrain.phases or OBJECTIVES.get("cross_entropy" if teacher is None else "distill")
-        self.uptrain = uptrain
+        uptrain.follows_objectives, self.uptrain = True, uptrain
         check_teacher(teacher, uptrain.phases)
         freeze_the_rest(model, uptrain.phases)
-        if len({phase.train for phase in uptrain.phases}) > 1 and args_of(args, kwargs) is not None:
-            args_of(args, kwargs).ddp_find_unused_parameters = True  # what a phase freezes has no gradient to wait for
+        keep_gradients(model)
+        arguments = args_of(args, kwargs)
+        if arguments is not None:
+            uptrain.set_arguments(arguments)
+        if len({phase.train for phase in uptrain.phases}) > 1 and arguments is not None:
+            arguments.ddp_find_unused_parameters = True  # what a phase freezes has no gradient to wait for
         callbacks = [callback for callback in kwargs.pop("callbacks", None) or [] if callback is not uptrain]
         super().__init__(*args, callbacks=[*callbacks, uptrain], **kwargs)
         if self.args.n_gpu > 1:
@@ -73,7 +86,8 @@ class DistillationMixin:
         if any(phase.objective.matches_layers for phase in uptrain.phases):
             self._layers = LayerOutputs(self.bare_model), LayerOutputs(self.teacher)
         self._sums: dict[str, torch.Tensor] = {}
-        self._first_gap = None
+        self._first_gap: dict[str, float] = {}
+        self._prefix = "eval"
 
     @property
     def bare_model(self) -> PreTrainedModel:
@@ -101,11 +115,18 @@ class DistillationMixin:
         if isinstance(teacher, str | Path):
             teacher = open_donor(teacher)
         if isinstance(teacher, Donor):
+            self._check_tokenizer(teacher)
             teacher = load_teacher(teacher, self.model)
             if not self.place_model_on_device:  # Trainer leaves a student that FSDP shards on the CPU
                 teacher = teacher.to(self.args.device)
         check_vocabulary(teacher, self.bare_model)
         return teacher.eval().requires_grad_(False)
+
+    def _check_tokenizer(self, teacher: Donor) -> None:
+        """Where both have one: a folder with nothing but a model says nothing of its text."""
+        tokenizer = getattr(self, "processing_class", None)
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and (teacher.folder / "tokenizer_config.json").is_file():
+            check_same_tokenizer(teacher, tokenizer, "teacher", "Distil from the donor of this student.")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """A sharded optimizer restores only what is trained just now: go to the phase of the checkpoint first."""
@@ -131,9 +152,11 @@ class DistillationMixin:
             optimizer, phases = optimizer or self.optimizer, self.uptrain.phases
 
             def rate(of_attention: bool):
-                return lambda step: rate_of_step(
-                    phases, min(step, num_training_steps - 1), num_training_steps, of_attention
-                )
+                def of_step(step: int) -> float:
+                    num_steps = self.uptrain.estimated_steps(self.state, step) or num_training_steps
+                    return rate_of_step(phases, min(step, num_steps - 1), num_steps, of_attention)
+
+                return of_step
 
             rates = [rate(group.get("of_attention", False)) for group in optimizer.param_groups]
             self.lr_scheduler = LambdaLR(optimizer, rates)
@@ -182,7 +205,9 @@ class DistillationMixin:
         """The batch's teacher logits in chunks; with layers to match, what they put out is recorded on the way."""
         if self.teacher_logits is None:
             return None
-        on_teacher = {name: value.to(self.teacher.device) for name, value in inputs.items() if torch.is_tensor(value)}
+        on_teacher = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        if self.teacher.device.type != "meta":  # offloaded: accelerate moves what its hooks are given
+            on_teacher = {name: value.to(self.teacher.device) for name, value in on_teacher.items()}
         if not objective.matches_layers:
             return self.teacher_logits(on_teacher)
         with self._layers[1].recorded():
@@ -192,7 +217,9 @@ class DistillationMixin:
         if not objective.matches_layers:
             if self._layers is not None:
                 self._layers[0].forced_inputs = {}
+                self._layers[0].set_dropout(model.training)
             return model(**inputs)
+        self._layers[0].set_dropout(not objective.teacher_forced)
         forced = self._layers[1].attention_inputs if objective.teacher_forced else None
         if objective.teacher_forced and self._attention_stands_alone():
             return self._layers[0].run_attention(forced)
@@ -202,7 +229,8 @@ class DistillationMixin:
     def _attention_stands_alone(self) -> bool:
         """Nothing wraps the student that would have to see a forward pass, and it takes the teacher's arguments."""
         student, teacher = self.bare_model, self.teacher
-        return (
+        places = getattr(teacher, "hf_device_map", {"": None}).values()
+        return len(set(places)) == 1 and (
             self.accelerator.distributed_type == DistributedType.NO
             and (student.dtype, student.device) == (teacher.dtype, teacher.device)
             and student.config.model_type.removeprefix("gqa_") == teacher.config.model_type.removeprefix("gqa_")
@@ -254,16 +282,16 @@ class DistillationMixin:
         pair = torch.stack([total.detach().float(), tokens.float()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def evaluate(self, *args, **kwargs):
-        self._sums, kept = {}, self._sums
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        outer, self._sums, self._prefix = (self._sums, self._prefix), {}, metric_key_prefix
         try:
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
-            self._sums = kept
+            self._sums, self._prefix = outer
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the parts of the loss, per token, to what Trainer logs, before any tracker sees it."""
-        evaluated = "eval_loss" in logs
+        evaluated = f"{self._prefix}_loss" in logs
         if evaluated or "loss" in logs:
             found = self._means()
             logs.update(self._evaluation_facts(found) if evaluated else training_facts(found))
@@ -279,24 +307,36 @@ class DistillationMixin:
         return {name: (total / max(1.0, tokens)) for name, (total, tokens) in zip(names, table.tolist(), strict=True)}
 
     def _evaluation_facts(self, means: dict[str, float]) -> dict[str, float]:
-        facts = {"eval_loss": means["cross_entropy"]}
+        facts = {"loss": means["cross_entropy"]}
         if "teacher_cross_entropy" in means:
-            gap = means["cross_entropy"] - means["teacher_cross_entropy"]
-            logged = (entry[GAP] for entry in self.state.log_history if GAP in entry)  # of a run that is resumed
-            self._first_gap = next(logged, gap) if self._first_gap is None else self._first_gap
+            gap, name = means["cross_entropy"] - means["teacher_cross_entropy"], f"{self._prefix}_{GAP}"
+            logged = (entry[name] for entry in self.state.log_history if name in entry)  # of a run that is resumed
+            first_gap = self._first_gap.setdefault(name, next(logged, gap))
             facts |= {
-                "eval_teacher_loss": means["teacher_cross_entropy"],
-                "eval_kl_nats_per_token": means["kl"],
-                "eval_top1_agreement_fraction": means["agreement"],
+                "teacher_loss": means["teacher_cross_entropy"],
+                "kl_nats_per_token": means["kl"],
+                "top1_agreement_fraction": means["agreement"],
                 GAP: gap,
             }
-            if self._first_gap > 0:
-                facts["eval_gap_closed_fraction"] = 1 - gap / self._first_gap
-        return facts
+            if first_gap > 0:
+                facts["gap_closed_fraction"] = 1 - gap / first_gap
+        return {f"{self._prefix}_{fact}": value for fact, value in facts.items()}
 
 
 class UptrainTrainer(DistillationMixin, CompleteCheckpointsMixin, Trainer):
-    """Trainer with phases, a teacher, and checkpoints that say whether they are complete."""
+    """Trainer with phases, a teacher, and checkpoints that say whether they are complete, and of which phases and data."""
+
+    def checkpoint_facts(self) -> dict:
+        return {"phases": [phase.to_dict() for phase in self.uptrain.phases], "data": facts_of_data(self.train_dataset)}
+
+
+def facts_of_data(rows) -> dict:
+    """How many rows, and the tokens of a few of them; nothing of a stream, which shows its rows only once."""
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and len(rows)):
+        return {}
+    some = [rows[row] for row in sorted({0, len(rows) // 2, len(rows) - 1})]
+    tokens = [torch.as_tensor(row["input_ids"]).tolist() for row in some if "input_ids" in row]
+    return {"rows": len(rows), "sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()}
 
 
 def args_of(args: tuple, kwargs: dict):
