@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 
 import pytest
 from datasets import Dataset
@@ -21,6 +22,7 @@ from .test_uptrain_phases import (
     MIXED,
     TEXT,
     arguments,
+    assert_close,
     data_set,
     losses_of,
     models_of,
@@ -297,3 +299,17 @@ def test_trainers_of_trl(objective, tmp_path):
     )
     plain.train()
     assert plain.state.num_input_tokens_seen == 2 * 2 * LENGTH
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch compiles for a CPU with a C compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("phases", [(FORCED, KL), (Phase(objective=MIXED),)], ids=["distill", "mixed"])
+def test_compiled_student_learns_the_same(phases, tmp_path):
+    found = []
+    for compiled in (False, True):
+        student, donor = models_of()
+        trainer = uptrained(tmp_path, student, donor, phases, args={"torch_compile": compiled})
+        found.append((losses_of(trainer), values_of(student)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert_close(found[1][1], found[0][1], atol=1e-5)

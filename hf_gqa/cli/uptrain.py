@@ -69,6 +69,8 @@ def print_run(facts: dict) -> None:
             f"{human_bytes(facts['teacher_own_bytes'])} of its own, {human_bytes(facts['teacher_shared_bytes'])} are "
             f"the student's"
         )
+    if facts["teacher_disk_bytes"] is not None:
+        rows["teacher memory"] = f"none, {human_bytes(facts['teacher_disk_bytes'])} on disk are read a batch at a time"
     for name, value in rows.items():
         table.add_row(name, value)
     out = console()

@@ -250,6 +250,7 @@ class UptrainRun:
             "gradient_and_optimizer_bytes": trained * 3 * model.dtype.itemsize,
             "teacher_own_bytes": memory.own_bytes if memory else None,
             "teacher_shared_bytes": memory.shared_bytes if memory else None,
+            "teacher_disk_bytes": getattr(self.trainer.teacher, "bytes_on_disk", None),
             "phases": [asdict(phase) for phase in recipe.resolved_phases()],
             **cache_facts(self.student.model),
         }
