@@ -57,6 +57,12 @@ class EvaluationRecipe(Recipe):
         Refusal: contradictory or unknown values.
     """
 
+    replaces: ClassVar = {
+        "text": (*OF_DATASETS, "sampled_tokens"),
+        "dataset_name": ("text", "sampled_tokens"),
+        "sampled_tokens": ("text", *OF_DATASETS, "text_column", "streaming"),
+    }
+
     text: tuple[str, ...] = ()
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -123,12 +129,6 @@ class EvaluationRecipe(Recipe):
             raise Refusal(f"text: got {', '.join(given) or 'none'}. Give exactly one of {', '.join(ways)}.")
         if self.sampled_tokens is None:
             self.text_source()
-
-    replaces: ClassVar = {
-        "text": (*OF_DATASETS, "sampled_tokens"),
-        "dataset_name": ("text", "sampled_tokens"),
-        "sampled_tokens": ("text", *OF_DATASETS, "text_column", "streaming"),
-    }
 
     def text_source(self) -> TextSource:
         return TextSource(

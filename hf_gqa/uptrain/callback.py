@@ -177,8 +177,8 @@ class UptrainCallback(TrainerCallback):
         seen, writes = state.num_input_tokens_seen, self.export_dir is not None
         if not self.ends_with_data and seen + self._step_tokens <= self.budget_tokens:
             logger.warning(
-                f"Trained on {seen:,} of {self.budget_tokens:,} tokens: the data or max_steps ended first, and phases and "
-                f"learning rates with them. Raise num_train_epochs, or lower the budget."
+                f"Trained on {seen:,} of {self.budget_tokens:,} tokens: the data, max_steps or another callback ended the "
+                f"run, wherever its phases and learning rates were. Raise num_train_epochs, or lower the budget."
             )
         if writes and self.export == "best" and self._best_loss is None:
             logger.warning(f"export = best: no evaluation gave {loss_to_compare(args)}. The last student is written.")

@@ -49,9 +49,8 @@ def lora_config(model: PreTrainedModel, rank: int = 16, seed: int = 0) -> LoraCo
             f"merge with. Train adapters without --load-in-4bit."
         )
     torch.manual_seed(seed)
-    attention = re.escape(layout.attention).replace(
-        re.escape("{layer_idx}"), r"\d+"
-    )  # feed-forward layers have a c_proj too
+    # whole paths, for GPT-2 calls the output of its feed-forward layers c_proj too
+    attention = re.escape(layout.attention).replace(re.escape("{layer_idx}"), r"\d+")
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

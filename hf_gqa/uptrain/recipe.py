@@ -47,6 +47,18 @@ class UptrainRecipe(Recipe):
         Refusal: contradictory or unknown values.
     """
 
+    replaces: ClassVar = {
+        "budget_tokens": ("budget_fraction", "pretraining_tokens"),
+        "budget_fraction": ("budget_tokens",),
+        "train_file": (*OF_DATASETS, *OF_SAMPLES),
+        "dataset_name": ("train_file", *OF_SAMPLES),
+        "sample_from_teacher": ("train_file", *OF_DATASETS, "text_column", "streaming"),
+        "eval_file": ("eval_tokens",),
+        "eval_tokens": ("eval_file",),
+        "objective": ("phases",),
+        "teacher_logits": ("teacher_dtype", "teacher_device_map"),
+    }
+
     teacher: str | None = None
     teacher_dtype: str | None = None
     teacher_device_map: str | None = None
@@ -148,18 +160,6 @@ class UptrainRecipe(Recipe):
                 raise Refusal(
                     f"{name} = {getattr(self, name)!r} would be passed over: it belongs to {whose}. Leave it out."
                 )
-
-    replaces: ClassVar = {
-        "budget_tokens": ("budget_fraction", "pretraining_tokens"),
-        "budget_fraction": ("budget_tokens",),
-        "train_file": (*OF_DATASETS, *OF_SAMPLES),
-        "dataset_name": ("train_file", *OF_SAMPLES),
-        "sample_from_teacher": ("train_file", *OF_DATASETS, "text_column", "streaming"),
-        "eval_file": ("eval_tokens",),
-        "eval_tokens": ("eval_file",),
-        "objective": ("phases",),
-        "teacher_logits": ("teacher_dtype", "teacher_device_map"),
-    }
 
     def text_source(self) -> TextSource:
         names = [field.name for field in fields(TextSource)]
