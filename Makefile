@@ -61,7 +61,7 @@ test-oldest: wheel
 		tests/test_bundle.py tests/test_runtime.py tests/test_verify.py tests/test_sharing*.py \
 		tests/test_grouped_attention.py tests/test_grouped_attention_models.py \
 		tests/test_uptrain_teacher.py tests/test_uptrain_layer_matching.py tests/test_uptrain_callback.py \
-		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py \
+		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py tests/test_uptrain_any_trainer.py \
 		tests/test_evaluate_quality.py tests/test_evaluate_evaluation.py tests/test_evaluate_recall.py
 
 clean:
