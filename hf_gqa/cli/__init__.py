@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from . import quiet as quiet
 from .analyze import analyze
 from .card import card
 from .convert import convert
