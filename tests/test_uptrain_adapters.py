@@ -80,6 +80,11 @@ def test_layers_that_are_one_take_no_adapters(sharing, folders, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
 
 
+def test_words_for_people_say_what_is_trained(folders, tmp_path):
+    said = run_cli(*arguments_of(folders, tmp_path / "out", "--dry-run", lora_rank=4, objective="kl")).stdout
+    assert "train adapters of rank 4, key and value projections in full; learn" in " ".join(said.split())
+
+
 def test_fused_projections_take_no_adapters():
     student = convert(tiny_donor("falcon"), num_key_value_heads=1, export="native")
     assert refused(lora_config, student).startswith("lora: 'falcon' keeps queries, keys and values in one projection")

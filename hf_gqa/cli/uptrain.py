@@ -75,13 +75,15 @@ def print_run(facts: dict) -> None:
         table.add_row(name, value)
     out = console()
     out.print(table)
+    adapters = f"adapters of rank {facts['lora_rank']}, key and value projections in full"
+    trained = TRAINED | (dict.fromkeys(("all", "attention"), adapters) if facts["lora_rank"] else {})
     total = sum(phase["share"] for phase in facts["phases"])
     for phase in facts["phases"]:
         weights = {name: phase["objective"][name] for name in LEARNED if phase["objective"][name]}
         parts = [LEARNED[name] if value == 1 else f"{value:g} x {LEARNED[name]}" for name, value in weights.items()]
         forced = ", each layer on the teacher's input to it" if phase["objective"]["teacher_forced"] else ""
         out.print(
-            f"phase: {phase['share'] / total:.0%} of the tokens; train {TRAINED[phase['train']]}; "
+            f"phase: {phase['share'] / total:.0%} of the tokens; train {trained[phase['train']]}; "
             f"learn {' + '.join(parts)}{forced}"
         )
 

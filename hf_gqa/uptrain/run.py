@@ -246,6 +246,7 @@ class UptrainRun:
             "learning_rate": recipe.learning_rate,
             "parameters": model.num_parameters(),
             "trained_parameters": trained,
+            "lora_rank": recipe.lora_rank,
             "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
             "gradient_and_optimizer_bytes": trained * 3 * model.dtype.itemsize,
             "teacher_own_bytes": memory.own_bytes if memory else None,
