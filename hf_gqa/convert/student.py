@@ -91,7 +91,7 @@ def check_same_tokens(donor: Donor, student: Student, role: str, advice: str) ->
 
 
 def check_same_tokenizer(donor: Donor, tokenizer: PreTrainedTokenizerBase, role: str, advice: str) -> None:
-    """The second half of `check_same_tokens`."""
+    """Raises Refusal unless the donor's tokenizer has this one's vocabulary; arguments as in `check_same_tokens`."""
     mine = tokenizer.get_vocab()
     other = load_tokenizer(donor.folder).get_vocab()
     if mine != other:

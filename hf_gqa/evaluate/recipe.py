@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..recipe import Recipe
 from ..refusal import Refusal
-from ..text.source import TextSource
+from ..text.source import OF_DATASETS, TextSource
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,7 +20,6 @@ POSITIVE = (
     "repetitions",
 )
 POSITIVE += ("continuation_tokens", "sampled_tokens", "num_beams", "generation_tokens")
-OF_DATASETS = ("dataset_name", "dataset_config_name", "dataset_split")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from ..staging import file_sha256
 
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+OF_DATASETS = ("dataset_name", "dataset_config_name", "dataset_split")  # options that say which
 TEXT = Features({"text": Value("string")})
 CHUNK_BYTES = 1 << 20
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

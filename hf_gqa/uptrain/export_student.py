@@ -15,10 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from ..convert.donor_folder import carry_files
 from ..convert.manifest import MANIFEST_FILE, Manifest
-from ..convert.student import open_student
 from ..refusal import Refusal
 from ..staging import staged_folder
-from .lora import merged_into
+from .lora import merged_into_stored
 
 
 def export_student(
@@ -89,7 +88,7 @@ def without_adapters(model: nn.Module, source: Path | None, dtype: torch.dtype |
         raise Refusal(
             f"export: the model is quantized and {what}, so there are no whole weights to write. Give source."
         )
-    return merged_into(open_student(source, dtype or torch.float32).model, model)
+    return merged_into_stored(source, dtype or torch.float32, model)
 
 
 def copy_on_cpu(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from ..convert.layouts import layout_of
+from ..convert.student import open_student
 from ..refusal import Refusal
 
 
@@ -96,8 +97,9 @@ def keep_gradients(model: torch.nn.Module) -> None:
             module.state_dict()  # unpacks what was packed before
 
 
-def merged_into(whole: PreTrainedModel, adapted: PeftModel) -> PreTrainedModel:
-    """`whole` with the adapters, and what was trained in full, of a quantized twin of it; merging into that would round."""
+def merged_into_stored(student: Path, dtype: torch.dtype, adapted: PeftModel) -> PreTrainedModel:
+    """The student on disk with the adapters, and what was trained in full, of its quantized twin; merging into that would round."""
+    whole = open_student(student, dtype).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in add_lora
         made = get_peft_model(whole, adapted.peft_config[adapted.active_adapter])

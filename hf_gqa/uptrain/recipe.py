@@ -5,14 +5,13 @@ from typing import ClassVar
 
 from ..recipe import Recipe
 from ..refusal import Refusal
-from ..text.source import TextSource
+from ..text.source import OF_DATASETS, TextSource
 from .callback import EXPORTED, resolve_budget
 from .objectives import OBJECTIVES
 from .phases import TRAINED, Phase
 
 
 DTYPES = ("float32", "bfloat16")
-OF_DATASETS = ("dataset_name", "dataset_config_name", "dataset_split")
 OF_SAMPLES = ("sample_from_teacher", "sampled_tokens")
 WHOLE = ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "logging_steps")
 WHOLE += ("save_steps", "eval_steps", "eval_tokens", "sampled_tokens")

@@ -25,7 +25,7 @@ from ..text.source import keep_bars_on_terminals
 from .callback import UptrainCallback, cache_facts
 from .checkpoints import RECORD_FILE
 from .export_student import export_student, round_to
-from .lora import add_lora, in_four_bits, keep_gradients, merged_into
+from .lora import add_lora, in_four_bits, keep_gradients, merged_into_stored
 from .preparation import (
     Text,
     facts_of_run,
@@ -299,8 +299,8 @@ class UptrainRun:
         if not hasattr(model, "merge_and_unload"):
             return model
         if self.recipe.load_in_4bit:
-            whole = open_student(self.student.folder, getattr(torch, self.recipe.dtype)).model
-            return merged_into(whole.to(PartialState().device), model)
+            merged = merged_into_stored(self.student.folder, getattr(torch, self.recipe.dtype), model)
+            return merged.to(PartialState().device)
         return model.merge_and_unload(safe_merge=True)  # into new tensors: the old ones are the teacher's too
 
     def _export(self, model, result: UptrainResult) -> None:
