@@ -60,10 +60,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
-        twice = next((key for key, _ in node.value if names.count(key.value) > 1 and key.tag != MERGE), None)
+        twice = next((key for key, _ in reversed(node.value) if names.count(key.value) > 1 and key.tag != MERGE), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{twice.value}' stands there twice", node.start_mark
+                None, None, f"the key '{twice.value}' stands there twice", twice.start_mark
             )
         return super().construct_mapping(node, deep)
 

@@ -106,7 +106,9 @@ def test_key_that_stands_twice_is_refused(text, key, tmp_path):
     """The last would win in silence."""
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
-    with pytest.raises(Refusal, match=rf"not a readable YAML file \(the key '{key}' stands there twice"):
+    with pytest.raises(
+        Refusal, match=rf"not a readable YAML file \(the key '{key}' stands there twice .*line [23], column"
+    ):
         UptrainRecipe.read(file)
     asked = ["convert", "donor", tmp_path / "out", "--plan", file]
     assert_one_message(run_cli(*asked), 2, f"--plan {file}: not YAML (the key '{key}' stands there twice")
