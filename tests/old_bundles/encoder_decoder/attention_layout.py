@@ -1,0 +1,107 @@
+"""How a family's attention projects, norms, rotates and names its tensors; as data."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayout:
+    """Where the heads of one `model_type` live.
+
+    Args:
+        model_type: the `model_type` of the configuration whose checkpoints look like this.
+        attention: path of a layer's attention below the base model, with `{layer_idx}`.
+        query, key, value, output: names of the projections below `attention`.
+        inner: name below `attention` of the module that projects queries, keys and values and mixes them, where the
+            output projection stands beside it; None where `attention` is that module.
+        fused: name of the one projection that holds query, key and value rows, or None. Then `query`, `key` and
+            `value` are not names of tensors on disk.
+        fused_order: what comes after what in each block of a fused projection.
+        fused_blocks: blocks of a fused projection, each with its share of the heads; None for one block per KV head,
+            which holds the query heads that read it.
+        transposed: names of projections stored `[in, out]` (Conv1D) instead of `[out, in]` (Linear).
+        query_norm, key_norm: names of the norms on queries and on keys, or None.
+        norm_switch: the configuration field that says whether there are such norms; None: there always are.
+        norm_weights: what a norm goes over, and has weights for: "shared", over head_dim with one weight for all
+            heads; "per_head", over head_dim with a weight `[heads, D]`; "joint", over all heads' numbers together
+            with a weight `[heads * D]`.
+        norm_list: name below a norm of the list that holds the norm of each head, or None for one tensor of them all.
+        output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
+        rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
+            (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
+        unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
+        key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
+            has as many KV heads as query heads whatever its configuration says.
+        head_positions: the configuration field that says whether positions differ between query heads (ALiBi), "always"
+            where they do (relative bias), or None; such heads cannot change places.
+        plain_scores: whether scores are scaled products of queries and keys under the mask that the layer is given, so that
+            a method can compute them.
+        passes_keywords: whether blocks hand keywords that they do not know on to their attention, without which layers cannot
+            lend each other queries, keys and values.
+        bidirectional: whether every token looks at all others, as in an encoder; then nothing is cached.
+        position: the position scheme in words, for people.
+        ties_layers: whether layers at several depths compute with the same attention, as in ALBERT; then `num_layers_field`
+            says how many attentions there are.
+        cross_attention: path of a decoder layer's attention to the encoder, or None where there is no encoder. Then
+            `attention` is the path in the decoder.
+        encoder_attention: path of an encoder layer's attention, with `cross_attention`.
+        num_layers_field, num_heads_field: configuration fields with the layers, and the query heads, of the decoder.
+        num_encoder_layers_field, num_encoder_heads_field: those of the encoder.
+    """
+
+    model_type: str
+    attention: str
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    inner: str | None = None
+    fused: str | None = None
+    fused_order: tuple[str, str, str] = ("query", "key", "value")
+    fused_blocks: int | None = 1
+    transposed: frozenset[str] = frozenset()
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norm_switch: str | None = None
+    norm_weights: str = "shared"
+    norm_list: str | None = None
+    output_normed: bool = False
+    rotary: str | None = None
+    unrotated_layer_types: frozenset[str] = frozenset()
+    key_value_heads_field: str | None = "num_key_value_heads"
+    head_positions: str | None = None
+    plain_scores: bool = True
+    passes_keywords: bool = True
+    bidirectional: bool = False
+    position: str
+    ties_layers: bool = False
+    cross_attention: str | None = None
+    encoder_attention: str | None = None
+    num_layers_field: str = "num_hidden_layers"
+    num_heads_field: str = "num_attention_heads"
+    num_encoder_layers_field: str = "num_hidden_layers"
+    num_encoder_heads_field: str = "num_attention_heads"
+
+    def mixing_module(self, layer_idx: int) -> str:
+        """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
+        return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
+
+    def unfused(self, model_type: str) -> "AttentionLayout":
+        """The layout of our own class for this family: separate Linear query, key and value; the rest as it was.
+
+        With an encoder they are separate already.
+        """
+        if self.cross_attention is not None:
+            return replace(self, model_type=model_type)
+        below = f"{self.inner}." if self.inner else ""
+        return replace(
+            self,
+            model_type=model_type,
+            query=f"{below}q_proj",
+            key=f"{below}k_proj",
+            value=f"{below}v_proj",
+            fused=None,
+            fused_order=("query", "key", "value"),
+            fused_blocks=1,
+            transposed=self.transposed - {self.fused},
+            key_value_heads_field="num_key_value_heads",
+        )
