@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_gqa
 from hf_gqa.runtime.grouped_attention import grouped_sdpa
+from hf_gqa.runtime.native_call import with_cache
 
 
 HEADS, HEAD_DIM = 32, 128
@@ -185,7 +186,7 @@ def model_cell(kv_heads: int, rounds: int) -> dict:
     def step(attention: str, cache: str):
         model.config._attn_implementation = attention
         run = compiled if cache == "compiled" else model
-        return run(token, past_key_values=caches[cache], use_cache=True)
+        return run(token, **with_cache(model, caches[cache]))
 
     hf_gqa.use_grouped_attention(model)
     timed = time_in_turn(

@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import hf_gqa
 from hf_gqa.evaluate.memory import context_that_fits
 from hf_gqa.human_units import human_bytes
+from hf_gqa.runtime.native_call import with_cache
 
 
 MODEL = {"num_hidden_layers": 6, "hidden_size": 2048, "num_attention_heads": 32, "intermediate_size": 5632}
@@ -53,11 +54,11 @@ def decode(kv_heads: int, batch: int, cache: str, attention: str, context: int =
         states = torch.zeros(batch, kv_heads, context, config.head_dim)
         kept.update(states, states, layer_idx)
         del states
-    model(torch.ones(batch, 1, dtype=torch.long), past_key_values=kept, use_cache=True)  # what is allocated once
+    model(torch.ones(batch, 1, dtype=torch.long), **with_cache(model, kept))  # what is allocated once
     ctypes.CDLL(None).malloc_trim(0)  # what filling has left free
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS - 1):
-        model(torch.ones(batch, 1, dtype=torch.long), past_key_values=kept, use_cache=True)
+        model(torch.ones(batch, 1, dtype=torch.long), **with_cache(model, kept))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     return {"peak_bytes": memory_bytes("VmHWM") - before, "weight_bytes": weights, "cache_bytes": cached}

@@ -18,6 +18,7 @@ from decode_tables import table
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 
 from hf_gqa import convert
+from hf_gqa.runtime.native_call import with_cache
 
 
 MODEL = {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6, "vocab_size": 1024}
@@ -29,7 +30,7 @@ def decode(model, encoded, batch: int, steps: int = STEPS) -> None:
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     token = torch.zeros(batch, 1, dtype=torch.long)
     for _ in range(steps):
-        model(decoder_input_ids=token, encoder_outputs=encoded, past_key_values=cache, use_cache=True)
+        model(decoder_input_ids=token, encoder_outputs=encoded, **with_cache(model, cache))
 
 
 @torch.no_grad()

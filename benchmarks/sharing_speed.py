@@ -29,6 +29,7 @@ from hf_gqa.convert.cache_bytes import read_heads
 from hf_gqa.convert.families import load_family
 from hf_gqa.runtime import planned_attention
 from hf_gqa.runtime.layer_plan import read_rows
+from hf_gqa.runtime.native_call import with_cache
 from hf_gqa.sharing import SHARINGS
 
 
@@ -80,7 +81,7 @@ def filled_cache(model, states: torch.Tensor) -> DynamicCache:
 
 @torch.no_grad()
 def decode_step(model, cache, token) -> None:
-    model(token, past_key_values=cache)
+    model(token, **with_cache(model, cache))
     for layer in cache.layers:
         layer.crop(-1)
 

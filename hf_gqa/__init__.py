@@ -13,9 +13,10 @@ from .export.verify import verify
 from .export.write_student import convert_checkpoint
 from .refusal import Refusal
 from .runtime.grouped_attention import register_grouped_attention
+from .runtime.native_call import VERSION
 
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "ConversionPlan",
     "Refusal",

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_gqa.convert.families import load_family
-from hf_gqa.runtime.attention_sites import attention_sites
+from hf_gqa.runtime.attention_layout import attention_sites
 
 
 NUM_ATTENTION_HEADS = 4

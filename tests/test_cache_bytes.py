@@ -22,6 +22,7 @@ from hf_gqa.convert.cache_bytes import (
     layer_windows,
 )
 from hf_gqa.convert.families import load_family
+from hf_gqa.runtime.native_call import with_cache
 
 from .covering import each_value
 from .tiny_donors import MODEL_TYPES, NUM_LAYERS, tiny_config, tiny_donor
@@ -99,7 +100,7 @@ def test_decoding_keeps_what_a_prompt_keeps():
     model, cache = tiny_donor("mistral"), None
     cache = DynamicCache(config=model.config)
     for token in range(20):
-        model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([[token]]), **with_cache(model, cache))
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert held == cache_bytes_per_token_measured(model, 20) * 20
     assert held == cache_bytes_computed(model.config, [4] * NUM_LAYERS, torch.float32, "dynamic", 20)

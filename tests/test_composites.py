@@ -10,6 +10,7 @@ from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGenerat
 from hf_gqa import ConversionPlan, Refusal, convert, convert_checkpoint, open_donor, verify
 from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
+from hf_gqa.runtime.native_call import with_cache
 
 from .test_conformance import assert_close_for_float32, assert_same_tensors
 from .test_conformance_oracle import mean_of
@@ -88,7 +89,7 @@ def test_student_equals_oracle_and_caches_fewer_heads(donor, image, groups):
     assert_close_for_float32(logits_of(student, image), logits_of(oracle_of(donor, groups), image))
     assert not torch.allclose(logits_of(student, image), logits_of(donor, image), atol=1e-3)
     cache = DynamicCache(config=student.config)
-    logits_of(student, image, past_key_values=cache, use_cache=True)
+    logits_of(student, image, **with_cache(student, cache))
     assert [layer.keys.shape[1] for layer in cache.layers] == [groups, groups]
 
 

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCac
 
 from hf_gqa import Refusal, convert, convert_checkpoint
 from hf_gqa.convert.composites import COMPOSITES
+from hf_gqa.runtime.native_call import with_cache
 
 from .test_conformance import assert_close_for_float32, assert_same_tensors
 from .test_conformance_oracle import mean_of
@@ -123,7 +124,7 @@ def test_student_equals_oracle_and_caches_fewer_heads(model_type):
     for image in (False, True):
         assert_close_for_float32(logits_of(student, image), logits_of(donor, image))
     cache = DynamicCache(config=student.config.get_text_config())
-    logits_of(student, True, past_key_values=cache, use_cache=True)
+    logits_of(student, True, **with_cache(student, cache))
     assert [layer.keys.shape[1] for layer in cache.layers] == [2, 2]
 
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 from hf_gqa.methods import HEAD_COUNT_KINDS, METHODS, method_kind
+from hf_gqa.runtime.native_call import with_cache
 
 from .covering import each_pair, each_value
 from .tiny_donors import (
@@ -87,7 +88,7 @@ def cached_head_counts(model: PreTrainedModel) -> list[int]:
         rows = [len(tensor) // head_dim for name, tensor in model.state_dict().items() if keys.search(name)]
         return [heads if heads <= NUM_ATTENTION_HEADS else heads - 2 * NUM_ATTENTION_HEADS for heads in rows]
     cache = DynamicCache(config=model.config)
-    logits_of(model, past_key_values=cache, use_cache=True)
+    logits_of(model, **with_cache(model, cache))
     return [layer.keys.shape[1] for layer in cache.layers]
 
 

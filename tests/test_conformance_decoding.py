@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from hf_gqa import convert
+from hf_gqa.runtime.native_call import with_cache
 
 from .covering import each_pair, each_value
 from .test_conformance import (
@@ -53,7 +54,7 @@ def logits_in_chunks(model: PreTrainedModel, cache, chunks=CHUNKS) -> torch.Tens
     pieces, done = [], 0
     for size in chunks:
         end = done + size
-        output = model(tokens[:, done:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        output = model(tokens[:, done:end], attention_mask=mask[:, :end], **with_cache(model, cache))
         pieces.append(output.logits)
         done = end
     return torch.cat(pieces, dim=1)

@@ -11,6 +11,7 @@ from transformers import StaticCache
 from hf_gqa import Refusal, convert
 from hf_gqa.evaluate import speed
 from hf_gqa.evaluate.speed import Timing, allowed_decode_speedup, decode_step_bytes, measure_speed, read_and_decode
+from hf_gqa.runtime.native_call import with_cache
 
 from .tiny_donors import SOME_MODEL_TYPES, VOCAB_SIZE, tiny_donor, tokens_and_mask
 
@@ -138,9 +139,9 @@ def counted_step_bytes(model, batch_size: int, context_tokens: int) -> int:
     cache = StaticCache(config=model.config, max_cache_len=context_tokens)
     tokens = torch.zeros(batch_size, context_tokens, dtype=torch.long)
     with torch.no_grad():
-        model(tokens[:, 1:], past_key_values=cache, use_cache=True)
+        model(tokens[:, 1:], **with_cache(model, cache))
         hooks = [module.register_forward_hook(watch) for module in model.modules()]
-        model(tokens[:, :1], past_key_values=cache, use_cache=True)
+        model(tokens[:, :1], **with_cache(model, cache))
     for hook in hooks:
         hook.remove()
     in_cache = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from hf_gqa.runtime.grouped_attention import MOST_PACKED_TOKENS, grouped_sdpa, member_by_member
 
@@ -304,7 +305,10 @@ def test_expansion_would_be_noticed():
         ({"position_bias": torch.ones(1, 6, 4, 4)}, r"position_bias has the shape"),
         ({"key": torch.ones(2, 4, 9, 8)}, r"query \(2, 6, 4, 8\), key \(2, 4, 9, 8\) and value .* do not fit"),
         ({"value": torch.ones(2, 2, 8, 8)}, r"do not fit\. Keys and values need the same heads and length"),
-        ({"cache": object()}, r"paged cache of continuous batching\. Use attn_implementation='sdpa'"),
+        (
+            {"cache": object.__new__(PagedAttentionCache)},
+            r"paged cache of continuous batching\. Use attn_implementation='sdpa'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(wrong, message):

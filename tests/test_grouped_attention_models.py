@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_gqa
 from hf_gqa.runtime.grouped_attention import grouped_sdpa
+from hf_gqa.runtime.native_call import with_cache
 
 from .covering import each_value
 from .test_conformance import EXPORTS, assert_close_for_float32, every_decoder_storage, every_family, logits_of
@@ -235,7 +236,7 @@ def test_no_step_of_a_model_expands_keys_and_values(kind, padded):
         end = done + size
         with Allocations() as allocations:
             padding = mask[:, :end] if padded else None
-            model(tokens[:, done:end], attention_mask=padding, past_key_values=cache, use_cache=True)
+            model(tokens[:, done:end], attention_mask=padding, **with_cache(model, cache))
         masked = any(tuple(shape[-1:]) == (60,) for _, shape in allocations.seen)  # over all places of a static cache
         held = 60 if kind == "static" and masked else end
         limit = 33 if size == held else 32  # queries are as large themselves then: that case is tested without a model

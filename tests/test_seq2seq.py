@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_gqa import Refusal, convert
 from hf_gqa.convert.families import load_family, native_class
 from hf_gqa.methods.mean_pool import MeanPool
+from hf_gqa.runtime.native_call import cache_in
 
 from .seq2seq_donors import (
     NUM_ATTENTION_HEADS,
@@ -51,7 +52,7 @@ def cached_heads(model: PreTrainedModel) -> tuple[list[int], list[int]]:
     """KV heads of each decoder layer as the caches of self-attention and cross-attention see them."""
     with torch.no_grad():
         output = model(**encoder_inputs(model), decoder_input_ids=decoder_tokens(), use_cache=True)
-    caches = output.past_key_values
+    caches = cache_in(output.values())
     return tuple(
         [layer.keys.shape[1] for layer in cache.layers]
         for cache in (caches.self_attention_cache, caches.cross_attention_cache)

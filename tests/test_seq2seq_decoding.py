@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin
 
 from hf_gqa import convert
 from hf_gqa.convert.cache_bytes_by_kind import cache_bytes_by_kind, cache_bytes_by_kind_measured
+from hf_gqa.runtime.native_call import with_cache
 
 from .seq2seq_donors import (
     decoder_tokens,
@@ -56,7 +57,7 @@ def test_cached_steps_equal_uncached_forward(model_type, attention, kind):
     with torch.no_grad():
         for size in CHUNKS:
             piece = tokens[:, done : done + size]
-            output = student(**encoder_inputs(student), decoder_input_ids=piece, past_key_values=caches, use_cache=True)
+            output = student(**encoder_inputs(student), decoder_input_ids=piece, **with_cache(student, caches))
             pieces.append(output.logits)
             done += size
     assert_close(torch.cat(pieces, dim=1), logits_of(student))
@@ -71,9 +72,9 @@ def test_encoder_is_read_once_for_each_cache(model_type):
     caches, tokens = new_caches("dynamic", student), decoder_tokens()
     inputs = encoder_inputs(student)
     with torch.no_grad():
-        student(**inputs, decoder_input_ids=tokens[:, :5], past_key_values=caches, use_cache=True)
+        student(**inputs, decoder_input_ids=tokens[:, :5], **with_cache(student, caches))
         inputs = {k: v.flip(-1) if k != "attention_mask" else v for k, v in inputs.items()}
-        second = student(**inputs, decoder_input_ids=tokens[:, 5:], past_key_values=caches, use_cache=True).logits
+        second = student(**inputs, decoder_input_ids=tokens[:, 5:], **with_cache(student, caches)).logits
     assert_close(second, logits_of(student)[:, 5:])
 
 

@@ -19,6 +19,7 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.plan import ConversionPlan
 from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
+from hf_gqa.runtime.native_call import with_cache
 
 from .sharing_students import (
     CASES,
@@ -149,9 +150,9 @@ def test_a_decoded_token_reads_no_keys_of_borrowers(model_type, attention):
     for spoil in (False, True):
         cache = DynamicCache(config=student.config)
         with torch.no_grad():
-            student(tokens[:, :-1], past_key_values=cache)
+            student(tokens[:, :-1], **with_cache(student, cache))
             hooks = [spoil_lent_keys(student, layer_idx) for layer_idx in range(DEPTH)] if spoil else []
-            outputs.append(student(tokens[:, -1:], past_key_values=cache).logits)
+            outputs.append(student(tokens[:, -1:], **with_cache(student, cache)).logits)
             [hook.remove() for hook in hooks]
     assert torch.equal(*outputs)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from hf_gqa.runtime.native_call import with_cache
+
 from .covering import each_value
 from .sharing_students import CASES, every_family, sharing_student
 from .test_conformance import ATTENTIONS, assert_close_for_float32, logits_of
@@ -69,8 +71,10 @@ def test_static_decoding_compiles_into_one_graph(model_type, plan):
     compiled = torch.compile(student.forward, fullgraph=True, backend="aot_eager")
     cache = StaticCache(config=student.config, max_cache_len=tokens.shape[1] + 3)
     with torch.no_grad():
-        pieces = [student(tokens[:, :9], past_key_values=cache).logits]
-        pieces += [compiled(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(9, tokens.shape[1])]
+        pieces = [student(tokens[:, :9], **with_cache(student, cache)).logits]
+        pieces += [
+            compiled(tokens[:, n : n + 1], **with_cache(student, cache)).logits for n in range(9, tokens.shape[1])
+        ]
     assert_close_for_float32(torch.cat(pieces, dim=1), expected)
 
 

@@ -21,6 +21,9 @@ KEY = "model.layers.1.self_attn.k_proj.weight"
 LOADS, KEYS = "loads without hf_gqa", "no missing or unexpected tensors"
 HEADS, FINITE = "KV heads per layer, seen in the cache, equal the plan", "output is finite"
 GENERATES, DONOR, ORACLE = "generates", "donor is the one in the manifest", "equals the donor's merged heads"
+DECODES_GROUPED, *DECODES = (
+    f"decoding from the cache equals one forward, attention {name}" for name in ("grouped_sdpa", "sdpa", "eager")
+)
 CODE = "code is this hf_gqa's, byte for byte"
 
 
@@ -89,9 +92,9 @@ def edit_tensors(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("name", "donor", "checks"),
     [
-        ("native", "llama", {LOADS, KEYS, HEADS, FINITE, GENERATES, DONOR, ORACLE}),
-        ("bundle", "llama", {CODE, LOADS, KEYS, HEADS, FINITE, GENERATES, DONOR, ORACLE}),
-        ("gpt_bigcode", "gpt2", {LOADS, KEYS, HEADS, FINITE, GENERATES, DONOR, ORACLE}),
+        ("native", "llama", {LOADS, KEYS, HEADS, FINITE, GENERATES, DONOR, ORACLE, *DECODES}),
+        ("bundle", "llama", {CODE, LOADS, KEYS, HEADS, FINITE, GENERATES, DONOR, ORACLE, DECODES_GROUPED, *DECODES}),
+        ("gpt_bigcode", "gpt2", {LOADS, KEYS, HEADS, FINITE, GENERATES, DONOR, ORACLE, *DECODES}),
     ],
 )
 def test_student_passes_in_a_process_of_its_own(originals, name, donor, checks):

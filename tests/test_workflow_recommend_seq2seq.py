@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from hf_gqa import Refusal, convert, open_donor
 from hf_gqa.evaluate.seq2seq_cache import measured_cache_bytes_of_a_token
+from hf_gqa.runtime.native_call import cache_in, with_cache
 from hf_gqa.workflow.recommend import recommend
 from hf_gqa.workflow.serving import Wanted
 
@@ -33,7 +34,7 @@ def bytes_read_in_a_step(model: PreTrainedModel) -> int:
             module.register_forward_pre_hook(lambda module, _, name=name: ran.update({name: module}))
     model(
         encoder_outputs=(begun.encoder_last_hidden_state,),
-        past_key_values=begun.past_key_values,
+        **with_cache(model, cache_in(begun.values())),
         decoder_input_ids=tokens[:, :1],
     )
     read = {parameter for module in ran.values() for parameter in module.parameters(recurse=False)}

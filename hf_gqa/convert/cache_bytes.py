@@ -18,6 +18,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
+from ..runtime.native_call import with_cache
 from .families import is_encoder
 
 
@@ -249,7 +250,7 @@ def layer_windows(config: PretrainedConfig, num_layers: int) -> list[int | None]
 def _measured(model: PreTrainedModel, cache_class: str, num_tokens: int) -> int:
     cache = CACHE_CLASSES[cache_class].make(model.config, num_tokens)
     tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
-    model(tokens, past_key_values=cache, use_cache=True)
+    model(tokens, **with_cache(model, cache))
     return bytes_of_layers(cache.layers)
 
 

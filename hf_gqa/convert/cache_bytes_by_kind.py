@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..runtime.attention_sites import CROSS, SELF, AttentionSite
+from ..runtime.attention_layout import CROSS, SELF, AttentionSite
+from ..runtime.native_call import cache_in
 
 
 def cache_bytes_by_kind(sites: Sequence[AttentionSite], num_key_value_heads: Sequence[int], dtype: torch.dtype) -> dict:
@@ -29,7 +30,7 @@ def cache_bytes_by_kind_measured(model: PreTrainedModel, **inputs: torch.Tensor)
     Args:
         inputs: of the model, both sides.
     """
-    caches = model(**inputs, use_cache=True).past_key_values
+    caches = cache_in(model(**inputs, use_cache=True).values())
     return {
         SELF: _bytes_per_token(caches.self_attention_cache),
         CROSS: _bytes_per_token(caches.cross_attention_cache),

@@ -11,8 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..refusal import Refusal
-from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import AttentionSite, attention_sites
+from ..runtime.attention_layout import AttentionLayout, AttentionSite, attention_sites
 from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of

@@ -3,8 +3,7 @@
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..refusal import Refusal
-from ..runtime.attention_layout import AttentionLayout
-from ..runtime.attention_sites import ENCODER, attention_sites
+from ..runtime.attention_layout import ENCODER, AttentionLayout, attention_sites
 from .families import Family
 
 

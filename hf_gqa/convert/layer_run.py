@@ -127,7 +127,7 @@ class LayerRun:
         args, kwargs = self.arguments[number][layer_idx]
         attention = self.attention_in(layer, layer_idx)
         attention = attention.get_submodule(self.layout.inner) if self.layout.inner else attention
-        turn_BLP = None if rotation is None else _turns_of(attention, kwargs, rotation)
+        turn_BLP = None if rotation is None else self._turns_of(attention, kwargs, rotation)
         mask_BHLS = _mask_of(attention, [*args, kwargs.get("attention_mask")], self.embedded[number])
         return {
             "mask_BHLS": mask_BHLS,
@@ -135,6 +135,20 @@ class LayerRun:
             "rotation": rotation,
             "turn_BLP": turn_BLP,
         }
+
+    def _turns_of(self, attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:
+        """From the cosines and sines that the layer is given, or that its attention keeps."""
+        given = kwargs.get("position_embeddings")
+        if given is None and hasattr(attention, "embed_positions") and kwargs.get("position_ids") is not None:
+            table, positions = attention.embed_positions, kwargs["position_ids"]  # GPT-J, CodeGen before 5.24
+            given = table.to(positions.device)[positions].chunk(2, dim=-1)
+        if isinstance(given, tuple):
+            cos, sin = reversed(given) if self.layout.sine_first else given
+            return turns(cos, sin, rotation.dims // 2)
+        raise Refusal(
+            f"method: {type(attention).__name__} does not show by which angles it rotates, and a fit of its queries needs "
+            f"them. Leave refit_queries out."
+        )
 
 
 def put_heads(layout: AttentionLayout, attention: nn.Module, heads: AttentionWeights) -> None:
@@ -152,20 +166,6 @@ def put_owned_heads(layout: AttentionLayout, attention: nn.Module, heads: Attent
     for name, tensor in write_heads(layout, heads).items():
         if name in owned:
             owned[name].data.copy_(tensor)
-
-
-def _turns_of(attention: nn.Module, kwargs: dict, rotation: Rotation) -> torch.Tensor:
-    """From the cosines and sines that the layer is given, or that its attention keeps."""
-    given = kwargs.get("position_embeddings")
-    if isinstance(given, tuple):
-        return turns(*given, rotation.dims // 2)
-    if hasattr(attention, "embed_positions") and kwargs.get("position_ids") is not None:  # GPT-J, CodeGen
-        sin, cos = attention.embed_positions.to(kwargs["position_ids"].device)[kwargs["position_ids"]].chunk(2, dim=-1)
-        return turns(cos, sin, rotation.dims // 2)
-    raise Refusal(
-        f"method: {type(attention).__name__} does not show by which angles it rotates, and a fit of its queries needs "
-        f"them. Leave refit_queries out."
-    )
 
 
 def _scaling_of(attention: nn.Module, kwargs: dict) -> float:

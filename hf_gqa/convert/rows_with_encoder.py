@@ -4,7 +4,7 @@ from itertools import groupby
 
 from ..methods import METHODS
 from ..refusal import Refusal
-from ..runtime.attention_sites import ENCODER, check_site_rows
+from ..runtime.attention_layout import ENCODER, check_site_rows
 from ..runtime.layer_plan import LayerPlan
 from .donor import Donor
 from .plan import ConversionPlan, check_plan

@@ -6,6 +6,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..convert.cache_bytes import bytes_of_layers
+from ..runtime.native_call import cache_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ def measured_cache_bytes_of_a_token(
     """The same, from the cache that the model fills."""
     source = torch.zeros(1, source_tokens, dtype=torch.long, device=model.device)
     target = torch.zeros(1, target_tokens, dtype=torch.long, device=model.device)
-    cache = model(input_ids=source, decoder_input_ids=target, use_cache=True).past_key_values
+    cache = cache_in(model(input_ids=source, decoder_input_ids=target, use_cache=True).values())
     own, cross = (bytes_of_layers(each.layers) for each in (cache.self_attention_cache, cache.cross_attention_cache))
     return own / target_tokens, cross / source_tokens
 

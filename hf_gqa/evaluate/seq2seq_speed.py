@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
 from ..refusal import Refusal
+from ..runtime.native_call import with_cache
 from .seq2seq_cache import cache_bytes_of_a_token
 from .speed import FEWEST_REPETITIONS, Decoding, Timing, now
 
@@ -24,11 +25,11 @@ def read_source_and_decode(
     Returns:
         The answers `[B, 1 + decode_tokens]`, and how long they took; the first token takes the encoder's time too.
     """
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    cached = with_cache(model, EncoderDecoderCache(DynamicCache(), DynamicCache()))
     token, answer = tokens.new_full((len(tokens), 1), start_token(model)), []
 
     def step(token: torch.Tensor, encoded) -> torch.Tensor:
-        logits = model(encoder_outputs=encoded, decoder_input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(encoder_outputs=encoded, decoder_input_ids=token, **cached).logits
         answer.append(logits[:, -1:].float().argmax(dim=-1))
         return answer[-1]
 
@@ -62,8 +63,8 @@ def step_weight_bytes(model: PreTrainedModel, batch_size: int) -> int:
     source = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     token = source.new_full((1, 1), start_token(model))
     encoded = model.get_encoder()(input_ids=source, return_dict=True)
-    read = {"encoder_outputs": encoded, "decoder_input_ids": token, "use_cache": True}
-    cache = model(**read, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache())).past_key_values
+    cached = with_cache(model, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    model(encoder_outputs=encoded, decoder_input_ids=token, **cached)
     used: dict[int, nn.Module] = {}
     hooks = [
         module.register_forward_hook(lambda module, *_: used.update({id(module): module}))
@@ -71,7 +72,7 @@ def step_weight_bytes(model: PreTrainedModel, batch_size: int) -> int:
         if next(module.parameters(recurse=False), None) is not None
     ]
     try:
-        model(**read, past_key_values=cache)
+        model(encoder_outputs=encoded, decoder_input_ids=token, **cached)
     finally:
         for hook in hooks:
             hook.remove()

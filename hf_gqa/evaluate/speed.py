@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..convert.cache_bytes import cache_bytes_computed, read_heads
 from ..refusal import Refusal
+from ..runtime.native_call import with_cache
 from .report import Speed
 
 
@@ -56,11 +57,11 @@ def read_and_decode(model: PreTrainedModel, tokens: torch.Tensor, decode_tokens:
         The answers `[B, 1 + decode_tokens]`, and how long they took.
     """
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    cache = DynamicCache(config=model.config)
+    cached = with_cache(model, DynamicCache(config=model.config))
     answer = []
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        logits = model(tokens, past_key_values=cache, use_cache=True, **last_only).logits
+        logits = model(tokens, **cached, **last_only).logits
         answer.append(logits[:, -1:].float().argmax(dim=-1))
         return answer[-1]
 

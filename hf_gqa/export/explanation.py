@@ -22,7 +22,7 @@ from ..convert.surgery import head_tensors
 from ..convert.target import Target
 from ..human_units import human_bytes, human_count
 from ..methods import method_kind
-from ..runtime.attention_sites import CROSS, ENCODER, KINDS, SELF
+from ..runtime.attention_layout import CROSS, ENCODER, KINDS, SELF
 from .sharing_words import sharing_notes
 
 

@@ -5,6 +5,7 @@ Imports nothing of hf_gqa and makes it impossible to import. Argument: a JSON ob
 keys' weights below the base model, layer by layer. Prints one JSON object as its last line.
 """
 
+import inspect
 import json
 import sys
 
@@ -13,6 +14,9 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
+
+
+STEPS = 3  # tokens that are decoded one by one
 
 
 def main(
@@ -31,11 +35,11 @@ def main(
     model.eval()
     inputs, caches = probe_inputs(model.config), empty_caches(model.config) if key_weights is None else []
     cache = EncoderDecoderCache(*caches) if len(caches) == 2 else next(iter(caches), None)
-    cached = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+    cached = {} if cache is None else {cache_argument(model): cache, "use_cache": True}
     with torch.no_grad():
         output = body(model)(**inputs, **cached)
-    first = output.logits if "logits" in output else output.last_hidden_state
-    save_file({"logits": first.float().contiguous()}, logits_file)
+    first = first_output(output)
+    save_file({"logits": first.contiguous()}, logits_file)
     return {
         "class": type(model).__name__,
         "config_class": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)).__name__,
@@ -48,7 +52,55 @@ def main(
         "cached_attentions": sum(len(c.layers) for c in caches) if len(caches) == 2 else None,
         "finite": bool(torch.isfinite(first).all()),
         "generated_tokens": generated_tokens(model, inputs),
+        "cached_steps": {} if cache is None else cached_steps(model, inputs),
     }
+
+
+def cache_argument(model) -> str:
+    """What the installed transformers calls the argument of a model that takes its cache."""
+    known = ("cache", "past_key_values")
+    return next(name for name in known if name in inspect.signature(body(model).forward).parameters)
+
+
+@torch.no_grad()
+def cached_steps(model, inputs: dict) -> dict[str, float | str]:
+    """How far the logits of a prompt and of tokens after it, one by one from the cache, are from those of one forward.
+
+    Returns:
+        Of each attention implementation the largest difference in parts of the largest logit, or why it was not run.
+    """
+    told = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    own, found = model.config._attn_implementation, {}
+    for name in dict.fromkeys((own, "sdpa", "eager")):
+        try:
+            model.set_attn_implementation(name)
+        except ValueError as error:  # a class of transformers that has no such implementation
+            found[name] = f"not run: {error}".splitlines()[0]
+            continue
+        found[name] = _cached_against_whole(model, inputs, told)
+    model.set_attn_implementation(own)
+    return found
+
+
+def _cached_against_whole(model, inputs: dict, told: str) -> float:
+    whole = first_output(body(model)(**inputs, use_cache=False))
+    caches = empty_caches(model.config)
+    cached = {cache_argument(model): EncoderDecoderCache(*caches) if len(caches) == 2 else caches[0], "use_cache": True}
+    tokens, steps, done = inputs[told], [], 0
+    for length in (tokens.shape[1] - STEPS, *[1] * STEPS):
+        part = inputs | {told: tokens[:, done : done + length]}
+        if told == "input_ids":
+            part["attention_mask"] = inputs["attention_mask"][:, : done + length]
+        steps.append(first_output(body(model)(**part, **cached)))
+        done += length
+    difference = (torch.cat(steps, dim=1) - whole).abs()
+    if told == "input_ids":  # what is padded means nothing
+        difference = difference[inputs["attention_mask"].bool()]
+    return (difference.max() / whole.abs().max().clamp(min=1)).item()
+
+
+def first_output(output) -> torch.Tensor:
+    return (output.logits if "logits" in output else output.last_hidden_state).float()
 
 
 def heads_in_weights(model, key_weights: list[str]) -> list[int]:

@@ -74,7 +74,7 @@ def verify(
         found, error = _load_in_fresh_process(folder, manifest, dtype, logits_file, Path(scratch))
         if error:
             return [*checks, Check(name="loads without hf_gqa", passed=False, detail=error)]
-        checks += _check_loaded(found, manifest)
+        checks += _check_loaded(found, manifest, TOLERANCE[dtype])
         if donor is None:
             checks.append(Check(name="equals the donor's merged heads", passed=None, detail="no donor was given"))
         else:
@@ -134,7 +134,7 @@ def _key_weights(manifest: Manifest) -> list[str] | None:
     ]
 
 
-def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
+def _check_loaded(found: dict, manifest: Manifest, allowed: float) -> list[Check]:
     wrong_keys = {kind: found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]}
     encoder = is_encoder(manifest.donor["model_type"])
     rows = [LayerPlan.from_dict(row) for row in manifest.layer_plan]
@@ -162,7 +162,16 @@ def _check_loaded(found: dict, manifest: Manifest) -> list[Check]:
     if found["generated_tokens"] is not None:
         done = found["generated_tokens"]
         checks.append(Check(name="generates", passed=done == 4, detail=f"{done} of 4 tokens"))
+    checks += [_check_cached_steps(*step, allowed) for step in found["cached_steps"].items()]
     return checks
+
+
+def _check_cached_steps(attention: str, difference: float | str, allowed: float) -> Check:
+    name = f"decoding from the cache equals one forward, attention {attention}"
+    if isinstance(difference, str):
+        return Check(name=name, passed=None, detail=difference.removeprefix("not run: "))
+    detail = f"largest difference {difference:.2g} of the largest logit, allowed {allowed:.2g}"
+    return Check(name=name, passed=difference <= allowed, detail=detail)
 
 
 def _without_places(cached: list) -> list[int | str]:

@@ -1,6 +1,9 @@
-"""How a family's attention projects, norms, rotates and names its tensors; as data."""
+"""How a family's attentions project, norm, rotate and name their tensors, and where each stands in a model; as data."""
 
 from dataclasses import dataclass, replace
+
+
+KINDS = SELF, CROSS, ENCODER = "self", "cross", "encoder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,7 @@ class AttentionLayout:
         output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
         rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
             (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
+        sine_first: whether blocks hand over sines before cosines.
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
@@ -66,6 +70,7 @@ class AttentionLayout:
     norm_list: str | None = None
     output_normed: bool = False
     rotary: str | None = None
+    sine_first: bool = False
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"
     head_positions: str | None = None
@@ -84,6 +89,11 @@ class AttentionLayout:
     def mixing_module(self, layer_idx: int) -> str:
         """Path, below the base model, of the module that projects a layer's queries, keys and values and mixes them."""
         return self.attention.format(layer_idx=layer_idx) + (f".{self.inner}" if self.inner else "")
+
+    @property
+    def stack(self) -> str:
+        """Path, below the base model, of the module that runs the blocks one after the other and hands them the cache."""
+        return self.attention.partition(".{layer_idx}")[0].rpartition(".")[0]
 
     def unfused(self, model_type: str) -> "AttentionLayout":
         """The layout of our own class for this family: separate Linear query, key and value; the rest as it was.
@@ -105,3 +115,66 @@ class AttentionLayout:
             transposed=self.transposed - {self.fused},
             key_value_heads_field="num_key_value_heads",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSite:
+    """Where one attention is, and how many query heads it has.
+
+    Args:
+        path: of the attention below the base model.
+        kind: "self" in a decoder layer, "cross" from there to the encoder, "encoder" within that.
+        layer_idx: of its layer within its stack.
+        num_attention_heads: query heads.
+        head_dim: numbers of a head.
+    """
+
+    path: str
+    kind: str
+    layer_idx: int
+    num_attention_heads: int
+    head_dim: int
+
+
+def attention_sites(layout: AttentionLayout, config) -> tuple[AttentionSite, ...]:
+    """The decoder's self-attentions; with an encoder, then its cross-attentions, then the encoder's.
+
+    A decoder-only model has one per layer, so its rows are those of its layers.
+    """
+    layers, heads = getattr(config, layout.num_layers_field), getattr(config, layout.num_heads_field)
+    sites = _stack(layout.attention, SELF, layers, heads, config)
+    if layout.cross_attention is not None:
+        sites += _stack(layout.cross_attention, CROSS, layers, heads, config)
+        layers = getattr(config, layout.num_encoder_layers_field)
+        sites += _stack(
+            layout.encoder_attention, ENCODER, layers, getattr(config, layout.num_encoder_heads_field), config
+        )
+    return sites
+
+
+def _stack(path: str, kind: str, layers: int, heads: int, config) -> tuple[AttentionSite, ...]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return tuple(
+        AttentionSite(
+            path=path.format(layer_idx=layer_idx),
+            kind=kind,
+            layer_idx=layer_idx,
+            num_attention_heads=heads,
+            head_dim=head_dim,
+        )
+        for layer_idx in range(layers)
+    )
+
+
+def check_site_rows(rows, sites: tuple[AttentionSite, ...]) -> None:
+    """Raise ValueError, naming the attention, if the table does not fit."""
+    if len(rows) != len(sites):
+        raise ValueError(f"layer_plan: {len(rows)} rows for {len(sites)} attentions. Give one row each.")
+    for row, site in zip(rows, sites, strict=True):
+        heads = row.num_key_value_heads
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or site.num_attention_heads % heads:
+            allowed = [str(n) for n in range(1, site.num_attention_heads + 1) if site.num_attention_heads % n == 0]
+            raise ValueError(
+                f"layer_plan row of {site.path}: num_key_value_heads = {heads!r} does not divide its "
+                f"{site.num_attention_heads} query heads. Use one of {', '.join(allowed)}."
+            )

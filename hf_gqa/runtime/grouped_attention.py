@@ -9,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .native_call import is_paged
+
 
 NAME = "grouped_sdpa"
 MOST_PACKED_TOKENS = 16  # with more tokens than this packing no longer wins, see docs/attention.md
@@ -207,7 +209,7 @@ def check_heads(query, key, value, options: dict) -> None:
             f"{NAME}: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit. "
             f"Keys and values need the same heads and length, and a number of heads that divides that of the queries."
         )
-    if options.get("cache") is not None:
+    if any(is_paged(option) for option in options.values()):
         raise ValueError(
             f"{NAME}: does not read the paged cache of continuous batching. Use attn_implementation='sdpa' for it."
         )

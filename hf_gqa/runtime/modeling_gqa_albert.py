@@ -16,6 +16,7 @@ from transformers.models.albert.modeling_albert import AlbertAttention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -59,11 +60,11 @@ class AlbertAttentionOfGroup(AlbertAttention):
         self.attention_dropout = config.attention_probs_dropout_prob
 
 
-class GQAAlbertAttention(PlannedAttention, AlbertAttentionOfGroup):
+class GQAAlbertAttention(NativeCall, PlannedAttention, AlbertAttentionOfGroup):
     donor_layout = DONOR_LAYOUT
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        output, weights = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+    def compute(self, hidden_states, **kwargs):
+        output, weights = super().compute(hidden_states, **kwargs)
         return self.LayerNorm(hidden_states + self.output_dropout(output)), weights
 
 

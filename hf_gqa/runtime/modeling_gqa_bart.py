@@ -14,6 +14,7 @@ from transformers.models.bart.modeling_bart import BartAttention, eager_attentio
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqAttention, PlannedSeq2SeqConfig, PlannedSeq2SeqModel
 
@@ -40,7 +41,7 @@ class GQABartConfig(PlannedSeq2SeqConfig, BartConfig):
     layer_plan: Rows = None
 
 
-class GQABartAttention(PlannedSeq2SeqAttention, BartAttention):
+class GQABartAttention(NativeCall, PlannedSeq2SeqAttention, BartAttention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(eager_attention_forward)
 

@@ -18,6 +18,7 @@ from .attention_layout import AttentionLayout
 from .bert_attention import BertAttentionNames
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -43,7 +44,7 @@ class GQABertConfig(PlannedConfig, BertConfig):
     layer_plan: Rows = None
 
 
-class GQABertAttention(PlannedAttention, BertAttentionNames, BertSelfAttention):
+class GQABertAttention(NativeCall, PlannedAttention, BertAttentionNames, BertSelfAttention):
     donor_layout = DONOR_LAYOUT
 
 

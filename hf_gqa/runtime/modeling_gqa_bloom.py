@@ -18,6 +18,7 @@ from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
 from .linear_biases import biased_mask, padded
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -57,7 +58,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return mixed.transpose(1, 2), weights
 
 
-class GQABloomAttention(PlannedAttention, BloomAttention):
+class GQABloomAttention(NativeCall, PlannedAttention, BloomAttention):
     donor_layout = DONOR_LAYOUT
     eager = staticmethod(eager_attention)
 
@@ -66,10 +67,8 @@ class GQABloomAttention(PlannedAttention, BloomAttention):
         del self.attention_dropout
         self.config, self.attention_dropout, self.scaling = config, config.attention_dropout, self.inv_norm_factor
 
-    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
-        output, weights = super().forward(
-            hidden_states, attention_mask=attention_mask, past_key_values=layer_past, alibi=alibi, **kwargs
-        )
+    def compute(self, hidden_states, residual, alibi, **kwargs):
+        output, weights = super().compute(hidden_states, alibi=alibi, **kwargs)
         return dropout_add(output, residual, self.hidden_dropout, self.training), weights
 
     def run_attention(self, query, key, value, attention_mask, alibi, **kwargs):

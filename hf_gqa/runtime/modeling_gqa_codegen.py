@@ -4,11 +4,12 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CodeGenConfig, CodeGenForCausalLM, CodeGenModel
 from transformers.generation import GenerationMixin
-from transformers.models.codegen.modeling_codegen import CodeGenAttention, apply_rotary_pos_emb
+from transformers.models.codegen import modeling_codegen
 
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -21,6 +22,7 @@ DONOR_LAYOUT = AttentionLayout(
     fused_blocks=4,
     output="out_proj",
     rotary="interleaved",
+    sine_first=True,
     key_value_heads_field=None,
     passes_keywords=False,
     position="RoPE on part of each head, interleaved",
@@ -38,11 +40,13 @@ def eager_attention(module, query, key, value, attention_mask, **kwargs):
     """The native attention, on as many KV heads as it expects."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    if hasattr(modeling_codegen, "eager_attention_forward"):  # since 5.24
+        return modeling_codegen.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mixed, weights = module._attn(query, key, value, attention_mask)
     return mixed.transpose(1, 2), weights
 
 
-class GQACodeGenAttention(PlannedAttention, CodeGenAttention):
+class GQACodeGenAttention(NativeCall, PlannedAttention, modeling_codegen.CodeGenAttention):
     donor_layout = DONOR_LAYOUT
     eager = staticmethod(eager_attention)
 
@@ -50,26 +54,31 @@ class GQACodeGenAttention(PlannedAttention, CodeGenAttention):
         super().__init__(config, layer_idx)
         self.config, self.attention_dropout, self.scaling = config, config.attn_pdrop, self.head_dim**-0.5
 
-    def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
-        sine_and_cosine = self.embed_positions.to(hidden_states.device)[position_ids].chunk(2, dim=-1)
-        key_dtype = None if layer_past is None else hidden_states.dtype
-        output, weights = super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=layer_past,
-            position_embeddings=(*sine_and_cosine, key_dtype),
-            **kwargs,
+    def compute(self, hidden_states, position_embeddings, cache=None, **kwargs):
+        """Before transformers 5.24 the position embeddings that are handed over are the positions.
+
+        Queries and keys are rounded after their rotation in float32; before, only keys, and only where they are cached.
+        """
+        rounded = True, True
+        if isinstance(position_embeddings, torch.Tensor):
+            table = self.embed_positions.to(hidden_states.device)
+            position_embeddings, rounded = table[position_embeddings].chunk(2, dim=-1), (False, cache is not None)
+        output, weights = super().compute(
+            hidden_states, position_embeddings=(*position_embeddings, rounded), cache=cache, **kwargs
         )
         return self.resid_dropout(output), weights
 
-    def rotate(self, query, key, sine, cosine, key_dtype):
-        """Of `[B, heads, Q, D]`, in float32; as in the native class, keys are rounded where they are cached."""
-        query, key = (self.rotated(heads.transpose(1, 2), sine, cosine).transpose(1, 2) for heads in (query, key))
-        return query, key.to(key_dtype or key.dtype)
+    def rotate(self, query, key, sine, cosine, rounded):
+        """Of `[B, heads, Q, D]`."""
+        turned = []
+        for heads, is_rounded in zip((query, key), rounded, strict=True):
+            rotated = self.rotated(heads.transpose(1, 2), sine, cosine).transpose(1, 2)
+            turned.append(rotated.to(heads.dtype) if is_rounded else rotated)
+        return turned
 
     def rotated(self, heads, sine, cosine):
         width = self.rotary_dim or self.head_dim
-        turned = apply_rotary_pos_emb(heads[..., :width], sine, cosine)
+        turned = modeling_codegen.apply_rotary_pos_emb(heads[..., :width], sine, cosine)
         return torch.cat([turned, heads[..., width:]], dim=-1)
 
     def run_attention(self, query, key, value, attention_mask, **kwargs):

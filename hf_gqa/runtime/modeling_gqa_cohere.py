@@ -8,6 +8,7 @@ from transformers.models.cohere.modeling_cohere import CohereAttention, CohereLa
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -30,7 +31,7 @@ class GQACohereConfig(PlannedConfig, CohereConfig):
     layer_plan: Rows = None
 
 
-class GQACohereAttention(PlannedAttention, CohereAttention):
+class GQACohereAttention(NativeCall, PlannedAttention, CohereAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

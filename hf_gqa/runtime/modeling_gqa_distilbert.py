@@ -16,6 +16,7 @@ from .attention_layout import AttentionLayout
 from .bert_attention import BertAttentionNames
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -46,7 +47,7 @@ class DistilBertAttentionOfLayer(BertAttentionNames, DistilBertSelfAttention):
         self.layer_idx = layer_idx
 
 
-class GQADistilBertAttention(PlannedAttention, DistilBertAttentionOfLayer):
+class GQADistilBertAttention(NativeCall, PlannedAttention, DistilBertAttentionOfLayer):
     donor_layout = DONOR_LAYOUT
 
 

@@ -17,6 +17,7 @@ from .attention_layout import AttentionLayout
 from .bert_attention import BertAttentionNames
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -42,7 +43,7 @@ class GQAElectraConfig(PlannedConfig, ElectraConfig):
     layer_plan: Rows = None
 
 
-class GQAElectraAttention(PlannedAttention, BertAttentionNames, ElectraSelfAttention):
+class GQAElectraAttention(NativeCall, PlannedAttention, BertAttentionNames, ElectraSelfAttention):
     donor_layout = DONOR_LAYOUT
 
 

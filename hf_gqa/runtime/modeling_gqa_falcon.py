@@ -1,5 +1,6 @@
 """Falcon with the KV heads its plan gives each layer; RoPE or ALiBi."""
 
+import functools
 import math
 
 import torch
@@ -21,6 +22,7 @@ from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
 from .linear_biases import padded
+from .native_call import NativeCall, cache_argument
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -38,6 +40,9 @@ DONOR_LAYOUT = AttentionLayout(
     head_positions="alibi",
     position="RoPE or ALiBi",
 )
+
+
+MODEL_CACHE = cache_argument(FalconModel.forward)
 
 
 @strict
@@ -78,7 +83,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2), weights
 
 
-class GQAFalconAttention(PlannedAttention, FalconAttention):
+class GQAFalconAttention(NativeCall, PlannedAttention, FalconAttention):
     donor_layout = DONOR_LAYOUT
     linear_class = FalconLinear
     eager = staticmethod(eager_attention)
@@ -92,9 +97,9 @@ class GQAFalconAttention(PlannedAttention, FalconAttention):
         self.scaling = self.inv_norm_factor
         self.rotate = None if config.alibi else apply_rotary_pos_emb
 
-    def forward(self, hidden_states, alibi, attention_mask, layer_past=None, **kwargs):
+    def compute(self, hidden_states, alibi=None, **kwargs):
         """The mask holds the linear biases already. The native eager attention adds them a second time; this does not."""
-        return super().forward(hidden_states, attention_mask=attention_mask, past_key_values=layer_past, **kwargs)
+        return super().compute(hidden_states, **kwargs)
 
 
 class GQAFalconModel(BuiltEagerly, PlannedModel, FalconModel):
@@ -103,15 +108,17 @@ class GQAFalconModel(BuiltEagerly, PlannedModel, FalconModel):
     attention_class = GQAFalconAttention
     default_attention = NAME
 
-    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+    @functools.wraps(FalconModel.forward)  # for those who read its signature
+    def forward(self, input_ids=None, *, attention_mask=None, inputs_embeds=None, **kwargs):
         """Linear biases are as long as the attention mask; keys are longer in a static cache."""
-        if self.use_alibi and past_key_values is not None:
+        cache = kwargs.get(MODEL_CACHE)
+        if self.use_alibi and cache is not None:
             tokens = input_ids if inputs_embeds is None else inputs_embeds
-            length, before = past_key_values.get_mask_sizes(tokens.shape[1], 0)[0], past_key_values.get_seq_length()
+            length, before = cache.get_mask_sizes(tokens.shape[1], 0)[0], cache.get_seq_length()
             if attention_mask is None:
                 attention_mask = tokens.new_ones(len(tokens), before + tokens.shape[1], dtype=torch.long)
             attention_mask = padded(attention_mask, length)
-        return super().forward(input_ids, past_key_values, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        return super().forward(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class GQAFalconHead(BuiltEagerly, PlannedHead):

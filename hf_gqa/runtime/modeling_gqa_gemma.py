@@ -14,6 +14,7 @@ from transformers.models.gemma.modeling_gemma import GemmaAttention, apply_rotar
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -32,7 +33,7 @@ class GQAGemmaConfig(PlannedConfig, GemmaConfig):
     layer_plan: Rows = None
 
 
-class GQAGemmaAttention(PlannedAttention, GemmaAttention):
+class GQAGemmaAttention(NativeCall, PlannedAttention, GemmaAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

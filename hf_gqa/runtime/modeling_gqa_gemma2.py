@@ -14,6 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, apply_ro
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQAGemma2Config(PlannedConfig, Gemma2Config):
     layer_plan: Rows = None
 
 
-class GQAGemma2Attention(PlannedAttention, Gemma2Attention):
+class GQAGemma2Attention(NativeCall, PlannedAttention, Gemma2Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -13,6 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_ro
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -34,7 +35,7 @@ class GQAGemma3TextConfig(PlannedConfig, Gemma3TextConfig):
     layer_plan: Rows = None
 
 
-class GQAGemma3TextAttention(PlannedAttention, Gemma3Attention):
+class GQAGemma3TextAttention(NativeCall, PlannedAttention, Gemma3Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -14,6 +14,7 @@ from transformers.models.glm4.modeling_glm4 import Glm4Attention, apply_rotary_p
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQAGlm4Config(PlannedConfig, Glm4Config):
     layer_plan: Rows = None
 
 
-class GQAGlm4Attention(PlannedAttention, Glm4Attention):
+class GQAGlm4Attention(NativeCall, PlannedAttention, Glm4Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -15,6 +15,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -37,15 +38,15 @@ class GQAGPT2Config(PlannedConfig, GPT2Config):
     layer_plan: Rows = None
 
 
-class GQAGPT2Attention(PlannedAttention, GPT2Attention):
+class GQAGPT2Attention(NativeCall, PlannedAttention, GPT2Attention):
     donor_layout = DONOR_LAYOUT
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.attention_dropout = config.attn_pdrop
 
-    def forward(self, hidden_states, **kwargs):
-        output, weights = super().forward(hidden_states, **kwargs)
+    def compute(self, hidden_states, **kwargs):
+        output, weights = super().compute(hidden_states, **kwargs)
         return self.resid_dropout(output), weights
 
 

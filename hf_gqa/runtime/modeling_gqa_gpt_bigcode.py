@@ -14,6 +14,7 @@ from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAtten
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows, uniform_rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -55,17 +56,15 @@ class GQAGPTBigCodeConfig(PlannedConfig, GPTBigCodeConfig):
         self.num_key_value_heads = max(row["num_key_value_heads"] for row in self.layer_plan)
 
 
-class GQAGPTBigCodeAttention(PlannedAttention, GPTBigCodeAttention):
+class GQAGPTBigCodeAttention(NativeCall, PlannedAttention, GPTBigCodeAttention):
     donor_layout = DONOR_LAYOUT
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.attention_dropout = config.attn_pdrop
 
-    def forward(self, hidden_states, layer_past=None, attention_mask=None, **kwargs):
-        output, weights = super().forward(
-            hidden_states, attention_mask=attention_mask, past_key_values=layer_past, **kwargs
-        )
+    def compute(self, hidden_states, **kwargs):
+        output, weights = super().compute(hidden_states, **kwargs)
         return self.resid_dropout(output), weights
 
 

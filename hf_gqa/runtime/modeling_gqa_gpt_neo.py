@@ -17,6 +17,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -60,7 +61,7 @@ class NativeAttention(GPTNeoSelfAttention):
         self.layer_idx = layer_idx
 
 
-class GQAGPTNeoAttention(PlannedAttention, NativeAttention):
+class GQAGPTNeoAttention(NativeCall, PlannedAttention, NativeAttention):
     donor_layout = DONOR_LAYOUT
     eager = staticmethod(eager_attention)
 
@@ -68,12 +69,10 @@ class GQAGPTNeoAttention(PlannedAttention, NativeAttention):
         super().__init__(config, layer_idx)
         self.attention_dropout, self.scaling = config.attention_dropout, 1.0
 
-    def forward(self, hidden_states, attention_mask=None, layer_past=None, **kwargs):
-        before = 0 if layer_past is None else layer_past.get_seq_length(self.layer_idx)
+    def compute(self, hidden_states, cache=None, **kwargs):
+        before = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         position_Q = before + torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        output, weights = super().forward(
-            hidden_states, attention_mask=attention_mask, past_key_values=layer_past, position_Q=position_Q, **kwargs
-        )
+        output, weights = super().compute(hidden_states, cache=cache, position_Q=position_Q, **kwargs)
         return self.resid_dropout(output), weights
 
     def run_attention(self, query, key, value, attention_mask, position_Q, **kwargs):

@@ -15,6 +15,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, app
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -39,16 +40,13 @@ class GQAGPTNeoXConfig(PlannedConfig, GPTNeoXConfig):
     layer_plan: Rows = None
 
 
-class GQAGPTNeoXAttention(PlannedAttention, GPTNeoXAttention):
+class GQAGPTNeoXAttention(NativeCall, PlannedAttention, GPTNeoXAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 
     @property
     def head_dim(self) -> int:
         return self.head_size
-
-    def forward(self, hidden_states, attention_mask=None, layer_past=None, **kwargs):
-        return super().forward(hidden_states, attention_mask=attention_mask, past_key_values=layer_past, **kwargs)
 
 
 class GQAGPTNeoXModel(PlannedModel, GPTNeoXModel):

@@ -4,11 +4,12 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification, GPTJModel
 from transformers.generation import GenerationMixin
-from transformers.models.gptj.modeling_gptj import GPTJAttention, apply_rotary_pos_emb
+from transformers.models.gptj import modeling_gptj
 
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -18,6 +19,7 @@ DONOR_LAYOUT = AttentionLayout(
     attention="h.{layer_idx}.attn",
     output="out_proj",
     rotary="interleaved",
+    sine_first=True,
     key_value_heads_field=None,
     passes_keywords=False,
     position="RoPE on part of each head, interleaved",
@@ -35,11 +37,13 @@ def eager_attention(module, query, key, value, attention_mask, **kwargs):
     """The native attention, on as many KV heads as it expects."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    if hasattr(modeling_gptj, "eager_attention_forward"):  # since 5.24
+        return modeling_gptj.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mixed, weights = module._attn(query, key, value, attention_mask)
     return mixed.transpose(1, 2), weights
 
 
-class GQAGPTJAttention(PlannedAttention, GPTJAttention):
+class GQAGPTJAttention(NativeCall, PlannedAttention, modeling_gptj.GPTJAttention):
     donor_layout = DONOR_LAYOUT
     eager = staticmethod(eager_attention)
 
@@ -47,15 +51,12 @@ class GQAGPTJAttention(PlannedAttention, GPTJAttention):
         super().__init__(config, layer_idx)
         self.attention_dropout, self.scaling = config.attn_pdrop, self.head_dim**-0.5
 
-    def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
-        sine_and_cosine = self.embed_positions.to(hidden_states.device)[position_ids].to(hidden_states.dtype)
-        output, weights = super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=layer_past,
-            position_embeddings=sine_and_cosine.chunk(2, dim=-1),
-            **kwargs,
-        )
+    def compute(self, hidden_states, position_embeddings, **kwargs):
+        """Before transformers 5.24 the position embeddings that are handed over are the positions."""
+        if isinstance(position_embeddings, torch.Tensor):
+            table = self.embed_positions.to(hidden_states.device)
+            position_embeddings = table[position_embeddings].to(hidden_states.dtype).chunk(2, dim=-1)
+        output, weights = super().compute(hidden_states, position_embeddings=position_embeddings, **kwargs)
         return self.resid_dropout(output), weights
 
     def rotate(self, query, key, sine, cosine):
@@ -64,7 +65,7 @@ class GQAGPTJAttention(PlannedAttention, GPTJAttention):
 
     def rotated(self, heads, sine, cosine):
         width = self.rotary_dim or self.head_dim
-        turned = apply_rotary_pos_emb(heads[..., :width], sine, cosine)
+        turned = modeling_gptj.apply_rotary_pos_emb(heads[..., :width], sine, cosine)
         return torch.cat([turned, heads[..., width:]], dim=-1)
 
 

@@ -8,6 +8,7 @@ from transformers.models.granite.modeling_granite import GraniteAttention, apply
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -27,7 +28,7 @@ class GQAGraniteConfig(PlannedConfig, GraniteConfig):
     layer_plan: Rows = None
 
 
-class GQAGraniteAttention(PlannedAttention, GraniteAttention):
+class GQAGraniteAttention(NativeCall, PlannedAttention, GraniteAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQALlamaConfig(PlannedConfig, LlamaConfig):
     layer_plan: Rows = None
 
 
-class GQALlamaAttention(PlannedAttention, LlamaAttention):
+class GQALlamaAttention(NativeCall, PlannedAttention, LlamaAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -8,6 +8,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Attention, eager_
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqAttention, PlannedSeq2SeqConfig, PlannedSeq2SeqModel
 
@@ -34,7 +35,7 @@ class GQAM2M100Config(PlannedSeq2SeqConfig, M2M100Config):
     layer_plan: Rows = None
 
 
-class GQAM2M100Attention(PlannedSeq2SeqAttention, M2M100Attention):
+class GQAM2M100Attention(NativeCall, PlannedSeq2SeqAttention, M2M100Attention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(eager_attention_forward)
 

@@ -8,6 +8,7 @@ from transformers.models.marian.modeling_marian import MarianAttention, eager_at
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqAttention, PlannedSeq2SeqConfig, PlannedSeq2SeqModel
 
@@ -34,7 +35,7 @@ class GQAMarianConfig(PlannedSeq2SeqConfig, MarianConfig):
     layer_plan: Rows = None
 
 
-class GQAMarianAttention(PlannedSeq2SeqAttention, MarianAttention):
+class GQAMarianAttention(NativeCall, PlannedSeq2SeqAttention, MarianAttention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(eager_attention_forward)
 

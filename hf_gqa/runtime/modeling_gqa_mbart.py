@@ -14,6 +14,7 @@ from transformers.models.mbart.modeling_mbart import MBartAttention, eager_atten
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqAttention, PlannedSeq2SeqConfig, PlannedSeq2SeqModel
 
@@ -40,7 +41,7 @@ class GQAMBartConfig(PlannedSeq2SeqConfig, MBartConfig):
     layer_plan: Rows = None
 
 
-class GQAMBartAttention(PlannedSeq2SeqAttention, MBartAttention):
+class GQAMBartAttention(NativeCall, PlannedSeq2SeqAttention, MBartAttention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(eager_attention_forward)
 

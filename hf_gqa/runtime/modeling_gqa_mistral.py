@@ -15,6 +15,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, apply
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQAMistralConfig(PlannedConfig, MistralConfig):
     layer_plan: Rows = None
 
 
-class GQAMistralAttention(PlannedAttention, MistralAttention):
+class GQAMistralAttention(NativeCall, PlannedAttention, MistralAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

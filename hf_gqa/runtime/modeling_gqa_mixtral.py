@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -34,7 +35,7 @@ class GQAMixtralConfig(PlannedConfig, MixtralConfig):
     layer_plan: Rows = None
 
 
-class GQAMixtralAttention(PlannedAttention, MixtralAttention):
+class GQAMixtralAttention(NativeCall, PlannedAttention, MixtralAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -15,6 +15,7 @@ from transformers.models.modernbert.modeling_modernbert import ModernBertAttenti
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -38,7 +39,7 @@ class GQAModernBertConfig(PlannedConfig, ModernBertConfig):
     layer_plan: Rows = None
 
 
-class GQAModernBertAttention(PlannedAttention, ModernBertAttention):
+class GQAModernBertAttention(NativeCall, PlannedAttention, ModernBertAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 
@@ -46,8 +47,8 @@ class GQAModernBertAttention(PlannedAttention, ModernBertAttention):
         super().__init__(config, layer_idx)
         self.scaling = self.head_dim**-0.5
 
-    def forward(self, hidden_states, **kwargs):
-        output, weights = super().forward(hidden_states, deterministic=self.deterministic_flash_attn, **kwargs)
+    def compute(self, hidden_states, **kwargs):
+        output, weights = super().compute(hidden_states, deterministic=self.deterministic_flash_attn, **kwargs)
         return self.out_drop(output), weights
 
 

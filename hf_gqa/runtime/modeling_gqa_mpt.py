@@ -1,6 +1,7 @@
 """MPT with the KV heads its plan gives each layer; ALiBi."""
 
 import copy
+import functools
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -20,6 +21,7 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall, cache_argument
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -35,6 +37,9 @@ DONOR_LAYOUT = AttentionLayout(
     head_positions="always",
     position="ALiBi",
 )
+
+
+MASK_CACHE, MODEL_CACHE = cache_argument(create_causal_mask), cache_argument(MptModel.forward)
 
 
 @strict
@@ -65,7 +70,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-class GQAMptAttention(PlannedAttention, MptAttention):
+class GQAMptAttention(NativeCall, PlannedAttention, MptAttention):
     donor_layout = DONOR_LAYOUT
     eager = staticmethod(eager_attention)
 
@@ -73,8 +78,8 @@ class GQAMptAttention(PlannedAttention, MptAttention):
         super().__init__(config, layer_idx)
         self.config, self.attention_dropout, self.scaling = config, self.attn_dropout_p, self.softmax_scale
 
-    def forward(self, hidden_states, position_bias, **kwargs):
-        return super().forward(hidden_states, alibi=position_bias, **kwargs)
+    def compute(self, hidden_states, position_bias, **kwargs):
+        return super().compute(hidden_states, alibi=position_bias, **kwargs)
 
     def run_attention(self, query, key, value, attention_mask, alibi, **kwargs):
         """The native bias is `[H, 1, max_seq_len]`; its end belongs to the last key, and only differences count."""
@@ -96,18 +101,16 @@ class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):
     default_attention = NAME
     _supports_sdpa = True
 
-    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+    @functools.wraps(MptModel.forward)  # for those who read its signature
+    def forward(self, input_ids=None, *, attention_mask=None, inputs_embeds=None, **kwargs):
         """The native forward understands no masks but those of eager attention."""
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         eager = copy.copy(self.config)
         eager._attn_implementation = "eager"
-        mask = create_causal_mask(
-            config=eager, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
-        )
-        return super().forward(
-            past_key_values=past_key_values, attention_mask=mask, inputs_embeds=inputs_embeds, **kwargs
-        )
+        cache = {MASK_CACHE: kwargs.get(MODEL_CACHE)}
+        mask = create_causal_mask(config=eager, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **cache)
+        return super().forward(attention_mask=mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class GQAMptHead(BuiltEagerly, PlannedHead):

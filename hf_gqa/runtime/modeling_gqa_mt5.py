@@ -8,6 +8,7 @@ from transformers.models.mt5 import modeling_mt5
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 
@@ -38,7 +39,7 @@ class GQAMT5Config(PlannedSeq2SeqConfig, MT5Config):
     layer_plan: Rows = None
 
 
-class GQAMT5Attention(PlannedT5Attention, modeling_mt5.MT5Attention):
+class GQAMT5Attention(NativeCall, PlannedT5Attention, modeling_mt5.MT5Attention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(getattr(modeling_mt5, "eager_attention_forward", eager_attention_with_bias))
     weights_if_asked = not hasattr(modeling_mt5, "eager_attention_forward")

@@ -8,6 +8,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2RMSNor
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -30,7 +31,7 @@ class GQAOlmo2Config(PlannedConfig, Olmo2Config):
     layer_plan: Rows = None
 
 
-class GQAOlmo2Attention(PlannedAttention, Olmo2Attention):
+class GQAOlmo2Attention(NativeCall, PlannedAttention, Olmo2Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -8,6 +8,7 @@ from transformers.models.opt.modeling_opt import OPTAttention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -29,7 +30,7 @@ class GQAOPTConfig(PlannedConfig, OPTConfig):
     layer_plan: Rows = None
 
 
-class GQAOPTAttention(PlannedAttention, OPTAttention):
+class GQAOPTAttention(NativeCall, PlannedAttention, OPTAttention):
     """The native forward would fold fewer KV heads into the sequence without a word; ours is `PlannedAttention`'s."""
 
     donor_layout = DONOR_LAYOUT

@@ -8,6 +8,7 @@ from transformers.models.pegasus.modeling_pegasus import PegasusAttention, eager
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqAttention, PlannedSeq2SeqConfig, PlannedSeq2SeqModel
 
@@ -34,7 +35,7 @@ class GQAPegasusConfig(PlannedSeq2SeqConfig, PegasusConfig):
     layer_plan: Rows = None
 
 
-class GQAPegasusAttention(PlannedSeq2SeqAttention, PegasusAttention):
+class GQAPegasusAttention(NativeCall, PlannedSeq2SeqAttention, PegasusAttention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(eager_attention_forward)
 

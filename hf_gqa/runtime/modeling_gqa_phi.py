@@ -9,6 +9,7 @@ from transformers.models.phi.modeling_phi import PhiAttention, apply_rotary_pos_
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -31,7 +32,7 @@ class GQAPhiConfig(PlannedConfig, PhiConfig):
     layer_plan: Rows = None
 
 
-class GQAPhiAttention(PlannedAttention, PhiAttention):
+class GQAPhiAttention(NativeCall, PlannedAttention, PhiAttention):
     donor_layout = DONOR_LAYOUT
 
     def rotate(self, query, key, cos, sin):

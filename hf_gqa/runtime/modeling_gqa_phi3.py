@@ -14,6 +14,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, apply_rotary_p
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQAPhi3Config(PlannedConfig, Phi3Config):
     layer_plan: Rows = None
 
 
-class GQAPhi3Attention(PlannedAttention, Phi3Attention):
+class GQAPhi3Attention(NativeCall, PlannedAttention, Phi3Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotar
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQAQwen2Config(PlannedConfig, Qwen2Config):
     layer_plan: Rows = None
 
 
-class GQAQwen2Attention(PlannedAttention, Qwen2Attention):
+class GQAQwen2Attention(NativeCall, PlannedAttention, Qwen2Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -15,6 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotar
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -35,7 +36,7 @@ class GQAQwen3Config(PlannedConfig, Qwen3Config):
     layer_plan: Rows = None
 
 
-class GQAQwen3Attention(PlannedAttention, Qwen3Attention):
+class GQAQwen3Attention(NativeCall, PlannedAttention, Qwen3Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, 
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -36,7 +37,7 @@ class GQAQwen3MoeConfig(PlannedConfig, Qwen3MoeConfig):
     layer_plan: Rows = None
 
 
-class GQAQwen3MoeAttention(PlannedAttention, Qwen3MoeAttention):
+class GQAQwen3MoeAttention(NativeCall, PlannedAttention, Qwen3MoeAttention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 

@@ -16,6 +16,7 @@ from .attention_layout import AttentionLayout
 from .bert_attention import BertAttentionNames
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -41,7 +42,7 @@ class GQARobertaConfig(PlannedConfig, RobertaConfig):
     layer_plan: Rows = None
 
 
-class GQARobertaAttention(PlannedAttention, BertAttentionNames, RobertaSelfAttention):
+class GQARobertaAttention(NativeCall, PlannedAttention, BertAttentionNames, RobertaSelfAttention):
     donor_layout = DONOR_LAYOUT
 
 

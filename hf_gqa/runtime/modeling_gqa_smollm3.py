@@ -15,6 +15,7 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, apply
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQASmolLM3Config(PlannedConfig, SmolLM3Config):
     layer_plan: Rows = None
 
 
-class GQASmolLM3Attention(PlannedAttention, SmolLM3Attention):
+class GQASmolLM3Attention(NativeCall, PlannedAttention, SmolLM3Attention):
     donor_layout = DONOR_LAYOUT
 
     def rotate(self, query, key, cos, sin):

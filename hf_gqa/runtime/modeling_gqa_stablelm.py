@@ -19,6 +19,7 @@ from transformers.models.stablelm.modeling_stablelm import (
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -43,7 +44,7 @@ class GQAStableLmConfig(PlannedConfig, StableLmConfig):
     layer_plan: Rows = None
 
 
-class GQAStableLmAttention(PlannedAttention, StableLmAttention):
+class GQAStableLmAttention(NativeCall, PlannedAttention, StableLmAttention):
     donor_layout = DONOR_LAYOUT
 
     def __init__(self, config, layer_idx: int):

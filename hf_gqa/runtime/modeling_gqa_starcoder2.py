@@ -15,6 +15,7 @@ from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2Attenti
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_attention import PlannedAttention
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
@@ -33,7 +34,7 @@ class GQAStarcoder2Config(PlannedConfig, Starcoder2Config):
     layer_plan: Rows = None
 
 
-class GQAStarcoder2Attention(PlannedAttention, Starcoder2Attention):
+class GQAStarcoder2Attention(NativeCall, PlannedAttention, Starcoder2Attention):
     donor_layout = DONOR_LAYOUT
     rotate = staticmethod(apply_rotary_pos_emb)
 
@@ -41,8 +42,8 @@ class GQAStarcoder2Attention(PlannedAttention, Starcoder2Attention):
         super().__init__(config, layer_idx)
         self.sliding_window = config.sliding_window
 
-    def forward(self, hidden_states, **kwargs):
-        output, weights = super().forward(hidden_states, **kwargs)
+    def compute(self, hidden_states, **kwargs):
+        output, weights = super().compute(hidden_states, **kwargs)
         return dropout(output, p=self.residual_dropout, training=self.training), weights
 
 

@@ -8,6 +8,7 @@ from transformers.models.t5 import modeling_t5
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 
@@ -38,7 +39,7 @@ class GQAT5Config(PlannedSeq2SeqConfig, T5Config):
     layer_plan: Rows = None
 
 
-class GQAT5Attention(PlannedT5Attention, modeling_t5.T5Attention):
+class GQAT5Attention(NativeCall, PlannedT5Attention, modeling_t5.T5Attention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(getattr(modeling_t5, "eager_attention_forward", eager_attention_with_bias))
     weights_if_asked = not hasattr(modeling_t5, "eager_attention_forward")

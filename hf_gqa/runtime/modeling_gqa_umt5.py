@@ -8,6 +8,7 @@ from transformers.models.umt5 import modeling_umt5
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 
@@ -40,15 +41,15 @@ class GQAUMT5Config(PlannedSeq2SeqConfig, UMT5Config):
     layer_plan: Rows = None
 
 
-class GQAUMT5Attention(PlannedT5Attention, modeling_umt5.UMT5Attention):
+class GQAUMT5Attention(NativeCall, PlannedT5Attention, modeling_umt5.UMT5Attention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(getattr(modeling_umt5, "eager_attention_forward", eager_attention_with_bias))
 
-    def forward(self, hidden_states, encoder_hidden_states=None, past_key_values=None, attention_mask=None, **kwargs):
+    makes_itself = frozenset({"position_bias"})
+
+    def compute(self, hidden_states, **kwargs):
         """The output `[B, Q, E]`, and the attention weights where there are any."""
-        output, _, weights = super().forward(
-            hidden_states, attention_mask, encoder_hidden_states, past_key_values=past_key_values, **kwargs
-        )
+        output, _, weights = super().compute(hidden_states, **kwargs)
         return output, weights
 
 

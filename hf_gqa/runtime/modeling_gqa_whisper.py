@@ -8,6 +8,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, eager
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
+from .native_call import NativeCall
 from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqAttention, PlannedSeq2SeqConfig, PlannedSeq2SeqModel
 
@@ -34,13 +35,13 @@ class GQAWhisperConfig(PlannedSeq2SeqConfig, WhisperConfig):
     layer_plan: Rows = None
 
 
-class GQAWhisperAttention(PlannedSeq2SeqAttention, WhisperAttention):
+class GQAWhisperAttention(NativeCall, PlannedSeq2SeqAttention, WhisperAttention):
     donor_layout = DONOR_LAYOUT
     native_eager = staticmethod(eager_attention_forward)
 
-    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
+    def compute(self, hidden_states, key_value_states=None, cache=None, attention_mask=None, **kwargs):
         """As its neighbours', but queries are scaled before the product, which rounds otherwise than after it."""
-        query, key, value = self.query_key_value(hidden_states, key_value_states, past_key_values)
+        query, key, value = self.query_key_value(hidden_states, key_value_states, cache)
         query = (query * self.scaling).contiguous()
         return self.mix(query, key.contiguous(), value.contiguous(), attention_mask, scaling=1.0, **kwargs)
 

@@ -3,8 +3,6 @@
 Shapes: B batch, Q query length, S key length, H query heads, K KV heads, G = H/K, D head_dim, E hidden.
 """
 
-from collections import UserDict
-
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -12,46 +10,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME, attention_probabilities, mix
 from .layer_plan import read_rows
+from .native_call import is_paged, update_paged
 
 
 KERNELS = (NAME, "sdpa")  # attention whose numbers `attention_probabilities` has too
-REENTRANT = (
-    "checkpointing: use_reentrant = True computes blocks without gradients first, so that what layers borrow from each "
-    "other would get none, silently. Use {'use_reentrant': False}."
-)
-
-
-class SharedStates(UserDict):
-    """Name and layer, such as "key.3", -> tensor; opened afresh by every forward of the base model.
-
-    It is passed to the blocks as a keyword, so that it is there without a cache, under checkpointing (whose second
-    computation of a block finds what the first one found) and when blocks are wrapped for FSDP, which takes apart every
-    dict but leaves a UserDict as it is.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.grad_enabled = torch.is_grad_enabled()
-
-    def lend(self, name: str, layer_idx: int, tensor: torch.Tensor) -> None:
-        if self.grad_enabled != torch.is_grad_enabled():
-            raise ValueError(REENTRANT)
-        self[f"{name}.{layer_idx}"] = tensor
-
-    def borrow(self, name: str, layer_idx: int) -> torch.Tensor:
-        return self[f"{name}.{layer_idx}"]
-
-    def to(self, device, non_blocking: bool = False) -> "SharedStates":
-        """In place: what is on the device of the next layers need not move again. Called by accelerate."""
-        for name in list(self):
-            self[name] = self[name].to(device, non_blocking=non_blocking)
-        return self
-
-
-def check_checkpointing(function) -> None:
-    """Raise ValueError for a checkpointing function, as transformers makes it, that is reentrant."""
-    if getattr(function, "keywords", {}).get("use_reentrant"):
-        raise ValueError(REENTRANT)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
@@ -73,7 +35,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class PlannedAttention:
-    """Mixin before a family's native attention class: the native `__init__` sets all but the number of KV heads.
+    """Mixin after `NativeCall`, before a family's native attention class, whose `__init__` sets all but the KV heads.
 
     Source: GQA (Ainslie et al. 2023, arXiv 2305.13245). The row of the layer says how many KV heads there are, and what
     is borrowed from which layer; the query, key and value that are the layer's own are Linear modules whatever the donor
@@ -110,19 +72,23 @@ class PlannedAttention:
             if hasattr(self, name):  # norms may be switched off
                 delattr(self, name)
 
-    def forward(
-        self,
-        hidden_states,
-        position_embeddings=None,
-        attention_mask=None,
-        past_key_values=None,
-        shared_states: SharedStates | None = None,
-        **kwargs,
+    def compute(
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, shared_states=None, **kwargs
     ):
+        """The output `[B, Q, E]`, and the attention weights where there are any.
+
+        Args:
+            hidden_states: `[B, Q, E]`.
+            position_embeddings: what `rotate` takes after query and key.
+            attention_mask: as the attention implementation wants it.
+            cache: of transformers; it keeps this layer's keys and values.
+            shared_states: what layers lend each other in this forward.
+            kwargs: for the attention function.
+        """
         if shared_states is None and (self.lends or self.row.borrows_states):
             raise ValueError(f"layer {self.layer_idx} shares with others, but was not told of what they lend.")
         query, key, value = self.own_states(hidden_states, position_embeddings)
-        key, value = self.cached(key, value, past_key_values)
+        key, value = self.cached(key, value, cache, kwargs)
         query, key, value = self.shared(query, key, value, shared_states)
         mixed, weights = self.attend(query, key, value, attention_mask, shared_states, **kwargs)
         mixed = mixed.reshape(*hidden_states.shape[:-1], -1).contiguous()
@@ -153,21 +119,25 @@ class PlannedAttention:
             return norm(states.flatten(2)).view(states.shape)
         return norm(states)
 
-    def cached(self, key, value, past_key_values):
+    def cached(self, key, value, cache, handed: dict):
         """Own keys and values with those of earlier tokens, `[B, K, S, D]`.
 
         A layer that owns one of the two keeps it where the cache has its keys, and no numbers where it has values:
         caches take their length from the keys.
         """
-        if past_key_values is None or (key is None and value is None):
+        if cache is None or (key is None and value is None):
             return key, value
+        if is_paged(cache):
+            if self.lends or self.row.borrows_states:
+                raise ValueError(f"layer {self.layer_idx} shares with others, which the paged cache has no place for.")
+            return update_paged(cache, key, value, self.layer_idx, handed)
         if key is not None and value is not None:
-            return past_key_values.update(key, value, self.layer_idx)
+            return cache.update(key, value, self.layer_idx)
         own = value if key is None else key
-        own, _ = past_key_values.update(own, own[..., :0], self.layer_idx)
+        own, _ = cache.update(own, own[..., :0], self.layer_idx)
         return (None, own) if key is None else (own, None)
 
-    def shared(self, query, key, value, shared_states: SharedStates | None):
+    def shared(self, query, key, value, shared_states):
         """All three, lent ones to other layers, borrowed ones from them."""
         states = {"query": query, "key": key, "value": value}
         for name, own in states.items():
@@ -178,7 +148,7 @@ class PlannedAttention:
                 shared_states.lend(name, self.layer_idx, own)
         return states.values()
 
-    def attend(self, query, key, value, attention_mask, shared_states: SharedStates | None, **kwargs):
+    def attend(self, query, key, value, attention_mask, shared_states, **kwargs):
         """What the values mix to, `[B, Q, H, D]`, and the attention weights or None.
 
         While one token is decoded, the lender of an attention matrix computes its one row per head in the open and lends

@@ -1,13 +1,54 @@
 """Mixins that put planned attention into a family's own configuration, base model and head class."""
 
 import sys
+from collections import UserDict
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 
 from .layer_plan import check_rows, read_rows, uniform_rows
-from .planned_attention import SharedStates, check_checkpointing
+from .native_call import guard_cache, tested_with, warn_if_untested
+
+
+REENTRANT = (
+    "checkpointing: use_reentrant = True computes blocks without gradients first, so that what layers borrow from each "
+    "other would get none, silently. Use {'use_reentrant': False}."
+)
+
+
+class SharedStates(UserDict):
+    """Name and layer, such as "key.3", -> tensor; opened afresh by every forward of the base model.
+
+    It is passed to the blocks as a keyword, so that it is there without a cache, under checkpointing (whose second
+    computation of a block finds what the first one found) and when blocks are wrapped for FSDP, which takes apart every
+    dict but leaves a UserDict as it is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def lend(self, name: str, layer_idx: int, tensor: torch.Tensor) -> None:
+        if self.grad_enabled != torch.is_grad_enabled():
+            raise ValueError(REENTRANT)
+        self[f"{name}.{layer_idx}"] = tensor
+
+    def borrow(self, name: str, layer_idx: int) -> torch.Tensor:
+        return self[f"{name}.{layer_idx}"]
+
+    def to(self, device, non_blocking: bool = False) -> "SharedStates":
+        """In place: what is on the device of the next layers need not move again. Called by accelerate."""
+        for name in list(self):
+            self[name] = self[name].to(device, non_blocking=non_blocking)
+        return self
+
+
+def check_checkpointing(function) -> None:
+    """Raise ValueError for a checkpointing function, as transformers makes it, that is reentrant."""
+    if getattr(function, "keywords", {}).get("use_reentrant"):
+        raise ValueError(REENTRANT)
 
 
 class PlannedConfig:
@@ -21,6 +62,8 @@ class PlannedConfig:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.hf_gqa = tested_with()  # of the code that runs, which is what saving the model ships
+        warn_if_untested()
         self.fill_plan()
         if getattr(self, "auto_map", None) is None:
             module = sys.modules[type(self).__module__]
@@ -99,16 +142,21 @@ class PlannedModel(GroupedByDefault):
         self.post_init()
 
     def plan_attention(self, config) -> None:
-        planned, layout = [], self.attention_class.donor_layout
-        for layer_idx, row in enumerate(read_rows(config)):
+        planned, layout, rows = [], self.attention_class.donor_layout, read_rows(config)
+        for layer_idx, row in enumerate(rows):
             block, _, name = layout.mixing_module(layer_idx).rpartition(".")
             planned.append(self.attention_class(config, layer_idx))
             if row.query_from is not None:  # GPT-2 may scale scores by the depth of the layer that computes them
                 planned[layer_idx].scaling = planned[row.query_from].scaling
             setattr(self.get_submodule(block), name, planned[layer_idx])
         self.lends = any(attention.lends for attention in planned)
-        self.tied_layers = self._tied_layers(read_rows(config))
+        if self.lends:  # a hook, so that the native forward keeps its signature, which others read
+            self.register_forward_pre_hook(_open_shared_states, with_kwargs=True)
+        self.tied_layers = self._tied_layers(rows)
         self._tied_weights_keys = (self._tied_weights_keys or {}) | self.tied_layers  # what saving leaves out
+        if not layout.bidirectional:
+            caching = [i for i, row in enumerate(rows) if row.key_from is None or row.value_from is None]
+            guard_cache(self.get_submodule(layout.stack), caching)
 
     def _tied_layers(self, rows) -> dict[str, str]:
         """Name of each parameter that is another layer's -> name of that."""
@@ -126,11 +174,6 @@ class PlannedModel(GroupedByDefault):
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Tied layers are tied whatever `tie_word_embeddings` says."""
         return super().get_expanded_tied_weights_keys(all_submodels) | getattr(self, "tied_layers", {})
-
-    def forward(self, *args, **kwargs):
-        if self.lends:
-            kwargs["shared_states"] = SharedStates()
-        return super().forward(*args, **kwargs)
 
 
 class PlannedHead(GroupedByDefault):
@@ -162,6 +205,10 @@ class BuiltEagerly:
         config._attn_implementation = "eager"
         super().__init__(config)
         config._attn_implementation = self.get_correct_attn_implementation(wanted)
+
+
+def _open_shared_states(model: PlannedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, kwargs | {"shared_states": SharedStates()}
 
 
 def own_class(module, mixin: type) -> type:

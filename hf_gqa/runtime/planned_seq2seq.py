@@ -7,9 +7,9 @@ from torch import nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_layout import AttentionLayout
-from .attention_sites import AttentionSite, attention_sites, check_site_rows
+from .attention_layout import SELF, AttentionLayout, AttentionSite, attention_sites, check_site_rows
 from .layer_plan import LayerPlan
+from .native_call import guard_cache
 from .planned_model import PlannedConfig, PlannedHead, PlannedModel
 
 
@@ -22,7 +22,7 @@ def eager_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 class PlannedSeq2SeqAttention:
-    """Mixin before a family's native attention class; `forward` is that of BART and its like.
+    """Mixin after `NativeCall`, before a family's native attention class; `compute` is that of BART and its like.
 
     Source: GQA (Ainslie et al. 2023, arXiv 2305.13245), which groups the decoder's self-attention and cross-attention.
     """
@@ -46,12 +46,12 @@ class PlannedSeq2SeqAttention:
         if not hasattr(native, "config"):  # older releases of transformers
             native.config = config
 
-    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
+    def compute(self, hidden_states, key_value_states=None, cache=None, attention_mask=None, **kwargs):
         """The output `[B, Q, E]`, and the attention weights where there are any."""
-        query, key, value = self.query_key_value(hidden_states, key_value_states, past_key_values)
+        query, key, value = self.query_key_value(hidden_states, key_value_states, cache)
         return self.mix(query, key, value, attention_mask, **kwargs)
 
-    def query_key_value(self, hidden_states, encoder_states, past_key_values):
+    def query_key_value(self, hidden_states, encoder_states, cache):
         """Project, and keep keys and values; those of the encoder are projected once for each cache.
 
         Args:
@@ -61,19 +61,19 @@ class PlannedSeq2SeqAttention:
             `[B, H, Q, D]`, `[B, K, S, D]`, `[B, K, S, D]`.
         """
         query = self.heads(self.donor_layout.query, hidden_states)
-        cache, is_filled = past_key_values, False
-        if isinstance(past_key_values, EncoderDecoderCache):
+        kept, is_filled = cache, False
+        if isinstance(cache, EncoderDecoderCache):
             is_cross = encoder_states is not None
-            cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
-            is_filled = is_cross and past_key_values.is_updated.get(self.layer_idx)
+            kept = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+            is_filled = is_cross and cache.is_updated.get(self.layer_idx)
         if is_filled:
-            return query, cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+            return query, kept.layers[self.layer_idx].keys, kept.layers[self.layer_idx].values
         asked = hidden_states if encoder_states is None else encoder_states
         key, value = self.heads(self.donor_layout.key, asked), self.heads(self.donor_layout.value, asked)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-            if cache is not past_key_values and encoder_states is not None:
-                past_key_values.is_updated[self.layer_idx] = True
+        if kept is not None:
+            key, value = kept.update(key, value, self.layer_idx)
+            if kept is not cache and encoder_states is not None:
+                cache.is_updated[self.layer_idx] = True
         return query, key, value
 
     def heads(self, projection: str, states):
@@ -115,7 +115,10 @@ class PlannedSeq2SeqConfig(PlannedConfig):
 
 
 def take_over_attentions(model, attention_class: type[PlannedSeq2SeqAttention], config) -> None:
-    for site, row in zip(attention_sites(attention_class.donor_layout, config), config.layer_plan, strict=True):
+    layout = attention_class.donor_layout
+    sites = attention_sites(layout, config)
+    guard_cache(model.get_submodule(layout.stack), [site.layer_idx for site in sites if site.kind == SELF])
+    for site, row in zip(sites, config.layer_plan, strict=True):
         heads = LayerPlan.from_dict(row).num_key_value_heads
         attention_class.take_over(model.get_submodule(site.path), site, heads, config)
 

@@ -22,7 +22,7 @@ def eager_attention_with_bias(
 
 
 class PlannedT5Attention(PlannedSeq2SeqAttention):
-    """Mixin before the attention class of T5 and its like, whose heads are merged and whose bias stays as it is.
+    """Mixin after `NativeCall`, before the attention class of T5 and its like, whose heads are merged and whose bias stays as it is.
 
     Source: T5 (Raffel et al. 2020, arXiv 1910.10683) for the bias; GQA (Ainslie et al. 2023, arXiv 2305.13245).
     """
@@ -40,28 +40,22 @@ class PlannedT5Attention(PlannedSeq2SeqAttention):
                 nn.init.normal_(projection.weight, std=config.initializer_factor * config.d_model**-0.5)
                 projection._is_hf_initialized = True
 
-    def forward(
-        self,
-        hidden_states,
-        mask=None,
-        key_value_states=None,
-        position_bias=None,
-        past_key_values=None,
-        **kwargs,
+    def compute(
+        self, hidden_states, attention_mask=None, key_value_states=None, position_bias=None, cache=None, **kwargs
     ):
         """The output `[B, Q, E]`, the bias for the layer above, and the attention weights where there are any."""
-        seen_tokens = self.seen_tokens(past_key_values)
-        query, key, value = self.query_key_value(hidden_states, key_value_states, past_key_values)
+        seen_tokens = self.seen_tokens(cache)
+        query, key, value = self.query_key_value(hidden_states, key_value_states, cache)
         if position_bias is None:
             position_bias = self.position_bias(query, key, seen_tokens)
-        output, weights = self.mix(query, key, value, mask, position_bias=position_bias, **kwargs)
+        output, weights = self.mix(query, key, value, attention_mask, position_bias=position_bias, **kwargs)
         if self.weights_if_asked and not kwargs.get("output_attentions"):
             return output, position_bias
         return output, position_bias, weights
 
-    def seen_tokens(self, past_key_values):
+    def seen_tokens(self, cache):
         """Before the cache is updated: a static cache counts in place."""
-        seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+        seen = cache.get_seq_length(self.layer_idx) if cache is not None else 0
         return seen.clone() if isinstance(seen, torch.Tensor) else seen
 
     def position_bias(self, query, key, seen_tokens):

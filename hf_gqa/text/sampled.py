@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..evaluating import evaluating
 from ..progress_bar import progress_bar
 from ..refusal import Refusal
+from ..runtime.native_call import cache_argument
 from ..staging import file_sha256, publish_file
 from .packing import PACKING_VERSION, rows_with_positions
 from .roomy_cache import roomy_cache
@@ -140,7 +141,7 @@ def _sampled_shard(donor_model: PreTrainedModel, settings: dict, number: int) ->
             start,
             attention_mask=torch.ones_like(start),
             generation_config=sampling,
-            past_key_values=roomy_cache(donor_model.config, settings["sequence_length"]),
+            **{cache_argument(donor_model.forward): roomy_cache(donor_model.config, settings["sequence_length"])},
         )
     return tokens.to("cpu", torch.int32)
 

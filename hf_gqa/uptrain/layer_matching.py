@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..convert.layouts import layout_of
 from ..refusal import Refusal
-from ..runtime.planned_attention import SharedStates
+from ..runtime.planned_model import SharedStates
 
 
 class LayerOutputs:
