@@ -26,13 +26,16 @@ class Registry:
         return sorted(m.name.removeprefix(self.prefix) for m in modules if m.name.startswith(self.prefix))
 
     def module(self, name: str) -> ModuleType:
-        """Raises Refusal if there is no such plug-in, TypeError if its file lacks the object."""
+        """Raises Refusal if there is no such plug-in or it cannot be imported, TypeError if its file lacks the object."""
         known = self.names()
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             guess = f" Did you mean '{close[0]}'?" if close else ""
             raise Refusal(f"{self.kind} '{name}' is unknown.{guess} Known: {', '.join(known)}.")
-        module = importlib.import_module(f"{self.package}.{self.prefix}{name}")
+        try:
+            module = importlib.import_module(f"{self.package}.{self.prefix}{name}")
+        except ImportError as error:  # a family that the installed transformers lacks, or calls in an unknown way
+            raise Refusal(f"{self.kind} '{name}' cannot be imported: {error}") from None
         if not hasattr(module, self.attribute):
             raise TypeError(f"{module.__file__}: a {self.kind} file must define `{self.attribute}`.")
         return module

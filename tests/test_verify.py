@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_gqa import Refusal, convert_checkpoint, open_donor, verify
+from hf_gqa.convert import fresh_process
 from hf_gqa.convert.manifest import Manifest
-from hf_gqa.export import fresh_process
 
 from .test_bad_input import assert_one_message, edit_json, files_of, run_cli, write_donor
 from .tiny_donors import tiny_donor

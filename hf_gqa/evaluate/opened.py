@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..convert.decoding import check_decoding
 from ..convert.donor import Donor
 from ..convert.manifest import comes_from
 from ..convert.model_kind import kind_of, why_no_kind
@@ -74,6 +75,7 @@ def open_pair(
         if attn_implementation is not None:
             _set_attention(model, attn_implementation)
         model.eval().requires_grad_(False).to(device_of(device))
+    check_decoding(opened.model, str(student))
     return Pair(
         opened_donor=donor,
         opened_student=opened,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ..convert import fresh_process
 from ..convert.bundle_code import foreign_code
 from ..convert.cache_bytes import cached_heads_of
 from ..convert.donor import Donor
@@ -23,7 +24,6 @@ from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
 from ..weights.attention_weights import AttentionWeights
 from ..weights.head_tensors import write_heads
-from . import fresh_process
 from .heads_oracle import put_converted_heads, put_fitted_borrowers
 from .sharing_oracle import share_layers
 
@@ -169,7 +169,7 @@ def _check_loaded(found: dict, manifest: Manifest, allowed: float) -> list[Check
 def _check_cached_steps(attention: str, difference: float | str, allowed: float) -> Check:
     name = f"decoding from the cache equals one forward, attention {attention}"
     if isinstance(difference, str):
-        return Check(name=name, passed=None, detail=difference.removeprefix("not run: "))
+        return Check(name=name, passed=None, detail=difference)
     detail = f"largest difference {difference:.2g} of the largest logit, allowed {allowed:.2g}"
     return Check(name=name, passed=difference <= allowed, detail=detail)
 

@@ -31,7 +31,8 @@ class AttentionLayout:
         output_normed: whether a norm or a factor stands between the attention's output and the residual stream.
         rotary: how pairs lie in the R first dimensions of a head, which rotate: "halves" (i with i + R/2), "interleaved"
             (2i with 2i + 1), or None for no rotary embedding. R follows from the configuration.
-        sine_first: whether blocks hand over sines before cosines.
+        position_names: what the blocks of any release call the argument with which they say how far to rotate.
+        sine_first: whether what they hand over are sines before cosines.
         unrotated_layer_types: the `layer_types` of layers that rotate nothing; `no_rope_layers` is read besides.
         key_value_heads_field: the configuration field that sets the number of KV heads, or None if the native class
             has as many KV heads as query heads whatever its configuration says.
@@ -70,6 +71,7 @@ class AttentionLayout:
     norm_list: str | None = None
     output_normed: bool = False
     rotary: str | None = None
+    position_names: tuple[str, ...] = ("position_embeddings",)
     sine_first: bool = False
     unrotated_layer_types: frozenset[str] = frozenset()
     key_value_heads_field: str | None = "num_key_value_heads"

@@ -22,6 +22,7 @@ DONOR_LAYOUT = AttentionLayout(
     fused_blocks=4,
     output="out_proj",
     rotary="interleaved",
+    position_names=("position_embeddings", "position_ids"),  # before 5.24 the attention made the former of the latter
     sine_first=True,
     key_value_heads_field=None,
     passes_keywords=False,

@@ -19,6 +19,7 @@ DONOR_LAYOUT = AttentionLayout(
     attention="h.{layer_idx}.attn",
     output="out_proj",
     rotary="interleaved",
+    position_names=("position_embeddings", "position_ids"),  # before 5.24 the attention made the former of the latter
     sine_first=True,
     key_value_heads_field=None,
     passes_keywords=False,

@@ -22,10 +22,6 @@ NATIVE_NAMES = {
     "attention_mask": ("attention_mask", "mask"),
     "cache": ("cache", "past_key_values", "past_key_value", "layer_past"),
     "key_value_states": ("key_value_states", "encoder_hidden_states"),
-    "position_embeddings": (
-        "position_embeddings",
-        "position_ids",
-    ),  # before 5.24 GPT-J's attention made its own of these
 }
 NOT_NEEDED = {"use_cache", "output_attentions", "position_ids", "cache_position", "hidden_states", "self"}
 logger = logging.get_logger("transformers.hf_gqa")
@@ -62,10 +58,10 @@ def warn_if_untested() -> None:
         )
 
 
-def argument_named(function, name: str) -> str | None:
-    """What a native function calls the argument that we call `name`, such as "cache"; None if it takes none of its names."""
+def argument_named(function, names: tuple[str, ...]) -> str | None:
+    """The first of the names that is one of the function's arguments."""
     parameters = inspect.signature(function).parameters
-    return next((native for native in NATIVE_NAMES.get(name, (name,)) if native in parameters), None)
+    return next((name for name in names if name in parameters), None)
 
 
 def cache_argument(function) -> str:
@@ -74,7 +70,7 @@ def cache_argument(function) -> str:
     Raises:
         ImportError: it takes none under a name that is known.
     """
-    name = argument_named(function, "cache")
+    name = argument_named(function, NATIVE_NAMES["cache"])
     if name is None:
         raise ImportError(
             f"{function.__qualname__} of transformers {transformers.__version__} takes no cache under a name that hf_gqa "
@@ -108,8 +104,10 @@ class NativeCall:
         needed = _arguments_of(cls, "compute") - {"shared_states"} - cls.makes_itself
         needed -= {"cache"} if cls.donor_layout.bidirectional else set()
         needed -= {"position_embeddings"} if cls.donor_layout.rotary is None else set()
-        cls.handed_over = {name: argument_named(native.forward, name) for name in sorted(needed)}
-        missing = [name for name, found in cls.handed_over.items() if found is None]
+        known = {name: (name,) for name in sorted(needed)} | NATIVE_NAMES
+        known["position_embeddings"] = cls.donor_layout.position_names
+        cls.handed_over = {name: argument_named(native.forward, known[name]) for name in sorted(needed)}
+        missing = {name: known[name] for name, found in cls.handed_over.items() if found is None}
         parameters = list(inspect.signature(native.forward).parameters)
         if missing:
             raise ImportError(_unknown_call(cls, native, missing, parameters))
@@ -148,8 +146,8 @@ def _arguments_of(cls: type, method: str) -> set[str]:
     return found - {"self", "hidden_states"}
 
 
-def _unknown_call(cls: type, native: type, missing: list[str], parameters: list[str]) -> str:
-    known = "; ".join(f"{name}: {', '.join(NATIVE_NAMES.get(name, (name,)))}" for name in missing)
+def _unknown_call(cls: type, native: type, missing: dict[str, tuple[str, ...]], parameters: list[str]) -> str:
+    known = "; ".join(f"{name}: {', '.join(names)}" for name, names in missing.items())
     return (
         f"{cls.__name__}: {native.__name__} of transformers {transformers.__version__} does not take what hf_gqa {VERSION} "
         f"needs, under no name that it knows ({known}). Its arguments are {', '.join(parameters[1:])}. The model would compute "

@@ -56,6 +56,7 @@ class PlannedAttention:
             name for name in ("query", "key", "value") if any(getattr(r, f"{name}_from") == layer_idx for r in rows)
         )
         heads = row.num_key_value_heads
+        self.fits_pages = not any(r.borrows_states or r.num_key_value_heads != heads for r in rows)
         self.num_key_value_groups = config.num_attention_heads // heads
         native = [layout.fused] if layout.fused else [layout.query, layout.key, layout.value]
         native = [name.rpartition(".")[2] for name in native]
@@ -128,8 +129,11 @@ class PlannedAttention:
         if cache is None or (key is None and value is None):
             return key, value
         if is_paged(cache):
-            if self.lends or self.row.borrows_states:
-                raise ValueError(f"layer {self.layer_idx} shares with others, which the paged cache has no place for.")
+            if not self.fits_pages:
+                raise ValueError(
+                    "layer_plan: layers that share, or have different numbers of KV heads, do not fit the paged cache of "
+                    "continuous batching. Use generate."
+                )
             return update_paged(cache, key, value, self.layer_idx, handed)
         if key is not None and value is not None:
             return cache.update(key, value, self.layer_idx)

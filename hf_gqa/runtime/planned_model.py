@@ -119,6 +119,10 @@ class GroupedByDefault:
             return self.default_attention
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
+    def _get_static_cache_init_shape(self) -> None:
+        """Layers of a static cache take their shapes from the first keys they get: one number need not fit them all."""
+        return None
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         if enable and any(row.borrows_states for row in read_rows(self.config)):
             check_checkpointing(gradient_checkpointing_func)

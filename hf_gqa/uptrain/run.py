@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
+from ..convert.decoding import check_decoding
 from ..convert.donor import Donor
 from ..convert.manifest import donor_identity
 from ..convert.student import Student, open_student
@@ -107,6 +108,7 @@ class UptrainRun:
         dtype = getattr(torch, recipe.dtype)
         loading = in_four_bits(student, dtype) if recipe.load_in_4bit else {}
         self.student: Student = open_student(student, dtype, **loading)
+        check_decoding(self.student.model, str(student))
         keep_gradients(self.student.model)
         self.recipe = resolve_sizes(recipe, self.student.model, PartialState().num_processes)
         self.donor: Donor | None = open_teacher(recipe, self.student)

@@ -62,27 +62,28 @@ def cache_argument(model) -> str:
     return next(name for name in known if name in inspect.signature(body(model).forward).parameters)
 
 
-@torch.no_grad()
 def cached_steps(model, inputs: dict) -> dict[str, float | str]:
-    """How far the logits of a prompt and of tokens after it, one by one from the cache, are from those of one forward.
-
-    Returns:
-        Of each attention implementation the largest difference in parts of the largest logit, or why it was not run.
-    """
-    told = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    """Of each attention implementation what `cached_against_whole` finds, or why it cannot be had."""
     own, found = model.config._attn_implementation, {}
     for name in dict.fromkeys((own, "sdpa", "eager")):
         try:
             model.set_attn_implementation(name)
         except ValueError as error:  # a class of transformers that has no such implementation
-            found[name] = f"not run: {error}".splitlines()[0]
+            found[name] = str(error).splitlines()[0]
             continue
-        found[name] = _cached_against_whole(model, inputs, told)
+        found[name] = cached_against_whole(model, inputs)
     model.set_attn_implementation(own)
     return found
 
 
-def _cached_against_whole(model, inputs: dict, told: str) -> float:
+@torch.no_grad()
+def cached_against_whole(model, inputs: dict) -> float:
+    """How far the logits of a prompt and of tokens after it, one by one from the cache, are from those of one forward.
+
+    Returns:
+        The largest difference, in parts of the largest logit (of 1, if that is smaller).
+    """
+    told = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     whole = first_output(body(model)(**inputs, use_cache=False))
     caches = empty_caches(model.config)
     cached = {cache_argument(model): EncoderDecoderCache(*caches) if len(caches) == 2 else caches[0], "use_cache": True}
