@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+NEWEST_VENV ?= .venv-newest
 LOCK_VENV ?= .venv-lock
 # The oldest release that pyproject.toml claims.
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
@@ -16,7 +17,7 @@ PIP_COMPILE := $(LOCK_VENV)/bin/pip-compile --quiet --upgrade --no-annotate --no
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all test-fast test-slow test-oldest quality families wheel lock clean
+.PHONY: demo test test-all test-fast test-slow test-oldest test-newest quality families wheel lock clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -54,7 +55,7 @@ quality: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 # Two processes with a thread each: threads of tiny models would wait for each other.
-test-all test-fast test-slow test-oldest: export OMP_NUM_THREADS := 1
+test-all test-fast test-slow test-oldest test-newest: export OMP_NUM_THREADS := 1
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -89,5 +90,17 @@ test-oldest: wheel $(OLDEST_VENV)/locked
 		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py tests/test_uptrain_any_trainer.py \
 		tests/test_evaluate_quality.py tests/test_evaluate_evaluation.py tests/test_evaluate_recall.py
 
+# What a user gets today: the wheel without a lock, and without extras, which could hold back transformers. A few tests:
+# a decoder, layers that share, encoder-decoders, an encoder, bundles, `verify`, the demo.
+test-newest: wheel
+	$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(TEST_TOOLS) dist/*.whl
+	$(NEWEST_VENV)/bin/python .ci/beside_the_lock.py
+	mkdir $(NEWEST_VENV)/run && cp -r tests examples pyproject.toml $(NEWEST_VENV)/run/
+	cd $(NEWEST_VENV)/run && ../bin/python -m pytest $(PARALLEL) --tb=short -p no:cacheprovider \
+		-k "(llama or t5 or electra or process_of_its_own or demo) and not (mt5 or compiles)" \
+		tests/test_conformance_decoding.py tests/test_sharing_decoding.py tests/test_seq2seq_decoding.py \
+		tests/test_bundle.py tests/test_encoders.py tests/test_verify.py tests/test_examples.py
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(LOCK_VENV) build dist *.egg-info students
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(LOCK_VENV) build dist *.egg-info students
