@@ -273,7 +273,7 @@ LOADED_ALONE = """
 import json, sys
 sys.modules["hf_gqa"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache
 
 found = []
 for folder in sys.argv[1:]:
@@ -281,7 +281,7 @@ for folder in sys.argv[1:]:
     assert not any(loading.values()), loading
     with torch.no_grad():
         output = model.eval()(torch.arange(3, 23).unsqueeze(0))
-    kept = cache_in(output.values()) is not None
+    kept = any(isinstance(value, Cache) for value in output.values())
     found.append([str(model.dtype), model.config.use_cache, kept, output.logits.float().tolist()])
 print(json.dumps(found))
 """
