@@ -11,6 +11,7 @@ import transformers
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
 from ..staging import file_sha256
+from .bundle_code import runtime_sha256
 from .donor import Donor
 from .plan import ConversionPlan
 from .target import Target
@@ -18,6 +19,7 @@ from .target import Target
 
 MANIFEST_FILE = "conversion_manifest.json"
 FORMAT = 1
+LEFT_OUT_IF_NONE = ("code_sha256", "refreshed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class Manifest:
         calibration: the text that methods looked at, `tokens` and `sha256` of its rows; None if there was none.
         choice: what was tried to find the plan, with its numbers; None if the plan was given.
         uptraining: how the student was trained after its conversion; None if it was not.
+        code_sha256: of a bundle: file name -> hash of its code as hf_gqa wrote it; None in those of hf_gqa 0.1.0.
+        refreshed: each time the code was renewed: `from` and `to`, the versions of hf_gqa and transformers; None: never.
     """
 
     format: int
@@ -50,9 +54,12 @@ class Manifest:
     calibration: dict | None = None
     uptraining: dict | None = None
     choice: dict | None = None
+    code_sha256: dict | None = None
+    refreshed: list[dict] | None = None
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        values = {key: value for key, value in asdict(self).items() if not (key in LEFT_OUT_IF_NONE and value is None)}
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -87,8 +94,19 @@ class Manifest:
             raise ValueError(f"calibration = {self.calibration!r}")
         if not isinstance(self.choice, dict | None):
             raise ValueError(f"choice = {self.choice!r}")
+        if not isinstance(self.code_sha256, dict | None):
+            raise ValueError(f"code_sha256 = {self.code_sha256!r}")
+        self._check_refreshed()
         if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
             raise ValueError(f"donor = {self.donor!r}")
+
+    def _check_refreshed(self) -> None:
+        if not isinstance(self.refreshed, list | None):
+            raise ValueError(f"refreshed = {self.refreshed!r}")
+        for each in self.refreshed or ():
+            known = isinstance(each, dict) and each.keys() == {"from", "to"}
+            if not known or not all(isinstance(versions, dict) for versions in each.values()):
+                raise ValueError(f"refreshed = {self.refreshed!r}")
 
 
 def make_manifest(
@@ -123,6 +141,7 @@ def make_manifest(
         },
         calibration=calibration,
         choice=choice,
+        code_sha256=runtime_sha256(target.config.model_type) if target.export == "bundle" else None,
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from ..convert.bundle_code import foreign_code, runtime_sha256
 from ..convert.donor_folder import carry_files
 from ..convert.manifest import MANIFEST_FILE, Manifest
 from ..refusal import Refusal
@@ -70,8 +71,17 @@ def export_student(
         elif processing_class is not None:
             processing_class.save_pretrained(staging)
         if source is not None and (source / MANIFEST_FILE).is_file():
-            replace(Manifest.read(source), uptraining=uptraining).write(staging)
+            _manifest_of(source, staging, uptraining).write(staging)
         also(staging)
+
+
+def _manifest_of(source: Path, student: Path, uptraining: dict) -> Manifest:
+    """That of the source, and of the code that was saved if it is the code of this hf_gqa."""
+    manifest = replace(Manifest.read(source), uptraining=uptraining)
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    if manifest.export != "bundle" or foreign_code(student, config):
+        return manifest
+    return replace(manifest, code_sha256=runtime_sha256(config["model_type"]))
 
 
 def without_adapters(model: nn.Module, source: Path | None, dtype: torch.dtype | None) -> nn.Module:
