@@ -176,3 +176,10 @@ def _umask() -> int:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_blob_sha1(path: Path) -> str:
+    """What git calls a file of this content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 
 OWNER, TOKEN = "someone", "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz" + "01234567"
@@ -171,6 +175,8 @@ class Hub:
             key, value = line["key"], line["value"]
             if key == "header":
                 header = value
+                if value.get("parentCommit", found.branches[revision]) != found.branches[revision]:
+                    raise Answer(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
@@ -249,3 +255,19 @@ def hub_stand_in() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def logged_in_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
+    """A Hub that this process is logged in to.
+
+    Args:
+        folder: where no token is.
+    """
+    with hub_stand_in() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub

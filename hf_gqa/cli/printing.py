@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
+from ..export.verify import CheckFailed
 from ..human_units import human_bytes
 from ..refusal import Refusal
 
@@ -34,6 +35,18 @@ def errors_as_messages(as_json: bool) -> Iterator[None]:
             print_json({"error": str(error)})
         print(f"hf-gqa: {error}", file=sys.stderr)
         raise typer.Exit(REFUSED if isinstance(error, Refusal) else SYSTEM_FAILED) from None
+
+
+@contextmanager
+def failed_check_as_message(as_json: bool) -> Iterator[None]:
+    """Exit code 1, where other bad input has 2."""
+    try:
+        yield
+    except CheckFailed as failure:
+        if as_json:
+            print_json({"error": str(failure)})
+        print(f"hf-gqa: {failure}", file=sys.stderr)
+        raise typer.Exit(CHECK_FAILED) from None
 
 
 def print_json(value) -> None:

@@ -1,17 +1,15 @@
 """hf-gqa push: check a student and upload it, or write the folder that would be uploaded."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 from huggingface_hub import constants
 
 from ..convert.donor import open_donor
-from ..export.push import CheckFailed, PushPlan, plan_push, upload, write_instead
+from ..export.push import PushPlan, PushResult, plan_push, upload, write_instead
 from ..human_units import human_bytes
 from .options import Json
-from .printing import CHECK_FAILED, console, errors_as_messages, print_json
+from .printing import console, errors_as_messages, failed_check_as_message, print_json
 
 
 def push(
@@ -34,7 +32,7 @@ def push(
 
     With HF_HUB_OFFLINE=1 it writes the folder that it would push. Log in first: hf auth login.
     """
-    with errors_as_messages(json), _failed_check_as_message(json):
+    with errors_as_messages(json), failed_check_as_message(json):
         opened = open_donor(donor, trust_remote_code=trust_remote_code) if donor else None
         plan = plan_push(
             student,
@@ -55,21 +53,17 @@ def push(
         else:
             result = upload(plan)
             done = {**result.to_dict(), "pushed": True}
-            removed = f" Removed from there: {', '.join(result.removed)}." if result.removed else ""
-            said = f"Pushed {result.url}.{removed}"
+            said = _in_words(result)
     print_json(done) if json else console().print(said)
 
 
-@contextmanager
-def _failed_check_as_message(as_json: bool) -> Iterator[None]:
-    """Exit code 1, where other bad input has 2."""
-    try:
-        yield
-    except CheckFailed as failure:
-        if as_json:
-            print_json({"error": str(failure)})
-        typer.echo(f"hf-gqa: {failure}", err=True)
-        raise typer.Exit(CHECK_FAILED) from None
+def _in_words(result: PushResult) -> str:
+    if not (result.uploaded or result.removed):
+        return f"Nothing to push, {result.repo_id} has all of it: {result.url}"
+    there = len(result.files) - len(result.uploaded)
+    unchanged = f" Not sent, for they are there already: {there} of {len(result.files)} files." if there else ""
+    removed = f" Removed from there: {', '.join(result.removed)}." if result.removed else ""
+    return f"Pushed {result.url}.{unchanged}{removed}"
 
 
 def _announce(plan: PushPlan) -> None:

@@ -12,25 +12,22 @@ from pathlib import Path
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from ..convert.donor import Donor
 from ..convert.manifest import Manifest
 from ..evaluate.report import REPORT_FILE, Report
 from ..refusal import Refusal
-from ..staging import check_apart, check_output, staged_folder
+from ..staging import check_apart, check_output, file_sha256, git_blob_sha1, staged_folder
 from .card_lint import lint_card
 from .model_card import is_ours
 from .pushed_files import CARD_FILE, EVALUATION_FOLDER, files_to_push
-from .verify import verify
+from .verify import CheckFailed, verify
 
 
 LOADED_IF_LEFT_BEHIND = re.compile(r"[^/]+\.(safetensors|safetensors\.index\.json|py)")
 DEFAULT_BRANCH = "main"
-
-
-class CheckFailed(Refusal):
-    """The student is not what it says it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +59,17 @@ class PushResult:
     """What was pushed.
 
     Args:
+        files: that are there now.
+        uploaded: those of them that were not there before, or were other ones.
         removed: weights and code of an earlier push that the student does not have; git keeps them in its history.
-        commit, url: on the Hub.
+        commit, url: on the Hub; of the commit that was there if nothing was to be done.
     """
 
     repo_id: str
     public: bool
     revision: str
     files: tuple[str, ...]
+    uploaded: tuple[str, ...]
     removed: tuple[str, ...]
     commit: str
     url: str
@@ -141,7 +141,7 @@ def push(
 
 
 def upload(plan: PushPlan) -> PushResult:
-    """One commit, so that nobody ever loads half a student."""
+    """One commit, so that nobody ever loads half a student; of what has changed, and none if nothing has."""
     if constants.HF_HUB_OFFLINE:
         raise Refusal(f"{plan.repo_id}: HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or use --dry-run.")
     token = get_token()
@@ -153,26 +153,41 @@ def upload(plan: PushPlan) -> PushResult:
         _check_visibility(plan, repo_id, api.model_info(repo_id).private)
         if plan.revision != DEFAULT_BRANCH:
             api.create_branch(repo_id, branch=plan.revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=plan.revision)
+        parent = api.model_info(repo_id, revision=plan.revision).sha
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=parent)
+        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         removed = [file for file in there if LOADED_IF_LEFT_BEHIND.fullmatch(file) and file not in plan.files]
-        operations = [CommitOperationAdd(file, str(plan.folder / file)) for file in plan.files]
+        uploaded = [file for file in plan.files if not _is_there(plan.folder / file, there.get(file))]
+        operations = [CommitOperationAdd(file, str(plan.folder / file)) for file in uploaded]
         operations += [CommitOperationDelete(file) for file in removed]
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=plan.title,
-            commit_description=plan.description,
-            revision=plan.revision,
-        )
+        commit, url = parent, f"{constants.ENDPOINT}/{repo_id}/commit/{parent}"
+        if operations:
+            made = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=plan.title,
+                commit_description=plan.description,
+                revision=plan.revision,
+                parent_commit=parent,  # what was compared
+            )
+            commit, url = made.oid, made.commit_url
     return PushResult(
         repo_id=repo_id,
         public=plan.public,
         revision=plan.revision,
         files=plan.files,
+        uploaded=tuple(uploaded),
         removed=tuple(removed),
-        commit=commit.oid,
-        url=commit.commit_url,
+        commit=commit,
+        url=url,
     )
+
+
+def _is_there(path: Path, there: RepoFile | None) -> bool:
+    """Whether a file has the content that the Hub lists: by SHA-256 if it is large (LFS or Xet), else by git's hash."""
+    if there is None or there.size != path.stat().st_size:
+        return False
+    return git_blob_sha1(path) == there.blob_id if there.lfs is None else file_sha256(path) == there.lfs.sha256
 
 
 def write_instead(plan: PushPlan, output: str | Path, *, overwrite: bool = False) -> Path:
@@ -244,7 +259,7 @@ def _description(manifest: Manifest) -> str:
         "donor": {key: manifest.donor.get(key) for key in ("name", "revision", "weights_sha256")},
         "uptraining": manifest.uptraining,
         "versions": manifest.versions,
-    }
+    } | ({} if manifest.refreshed is None else {"refreshed": manifest.refreshed})
     return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
 
 
@@ -289,7 +304,7 @@ def _answered(error: HfHubHTTPError, repo_id: str, token: str) -> Exception:
         )
     if status == 404:
         return Refusal(f"{repo_id}: not found on the Hub, or hidden from this token ({said}). Check its name.")
-    if 400 <= status < 500 and status != 429:
+    if 400 <= status < 500 and status not in (412, 429):
         return Refusal(f"{repo_id}: the Hub refuses it ({said}). Nothing was committed.")
     return OSError(f"{repo_id}: the Hub failed ({said}). Nothing was committed: push again later")
 

@@ -28,7 +28,12 @@ from .heads_oracle import put_converted_heads, put_fitted_borrowers
 from .sharing_oracle import share_layers
 
 
+NOT_RUN = "Not run; read it, then use --trust-remote-code, or hf-gqa refresh if an older hf_gqa wrote it"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+class CheckFailed(Refusal):
+    """The student is not what it says it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +100,7 @@ def _check_code(folder: Path, trust_remote_code: bool) -> Check:
     detail = f"differs: {', '.join(different)}"
     if trust_remote_code:
         return Check(name=name, passed=True, detail=f"{detail}; run all the same, as asked")
-    return Check(name=name, passed=False, detail=f"{detail}. Not run; read it, then use --trust-remote-code")
+    return Check(name=name, passed=False, detail=f"{detail}. {NOT_RUN}")
 
 
 def _load_in_fresh_process(folder: Path, manifest: Manifest, dtype: str, logits_file: Path, scratch: Path):
