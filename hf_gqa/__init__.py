@@ -9,6 +9,7 @@ from .convert.families import register_families
 from .convert.grouped_attention import use_grouped_attention
 from .convert.in_memory import convert
 from .convert.plan import ConversionPlan
+from .export.refresh import refresh
 from .export.verify import verify
 from .export.write_student import convert_checkpoint
 from .refusal import Refusal
@@ -23,6 +24,7 @@ __all__ = [
     "convert",
     "convert_checkpoint",
     "open_donor",
+    "refresh",
     "use_grouped_attention",
     "verify",
 ]

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ except ImportError:  # not POSIX: leftovers of killed runs are then left alone
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+REPLACED = "replaced"  # what a folder is called while another takes its place in two steps
 
 
 def check_apart(output: Path, read_only: Path, whose: str) -> None:
@@ -45,21 +47,23 @@ def check_output(output: Path, overwrite: bool, donor_folder: Path | None) -> No
 
 
 @contextmanager
-def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+def staged_folder(output: Path, overwrite: bool, keep_permissions: bool = False) -> Iterator[Path]:
     """A fresh folder that becomes `output`, replacing it at one stroke, if the block ends without an exception.
 
     Otherwise the folder is removed and `output` is as it was. What a killed run left behind is removed by the next one.
+
+    Args:
+        keep_permissions: what has the name of something in the old `output` gets the permissions of that.
     """
     output = output.resolve()
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}.partial-"
-    _remove_leftovers(output.parent, prefix)
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    remove_leftovers(output)
+    staging = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
     lock = _lock(staging)
     try:
         yield staging
-        _flush(staging)
+        _flush(staging, output if keep_permissions else None)
         _publish(staging, output, overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -77,12 +81,12 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     elif not overwrite:
         raise Refusal(f"{output}: exists now, and did not when the conversion began. Nothing was replaced.")
     elif not _exchange(staging, output):
-        retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        os.rename(output, retired / "replaced")
+        retired = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        os.rename(output, retired / REPLACED)
         try:
             os.rename(staging, output)
         except BaseException:
-            os.rename(retired / "replaced", output)
+            os.rename(retired / REPLACED, output)
             raise
         finally:
             shutil.rmtree(retired, ignore_errors=True)
@@ -111,23 +115,48 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _remove_leftovers(parent: Path, prefix: str) -> None:
-    for folder in parent.iterdir():
-        handle = _lock(folder) if folder.name.startswith(prefix) and folder.is_dir() else None
+def _prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
+def _partial_folders(output: Path) -> list[Path]:
+    return [path for path in output.parent.iterdir() if path.name.startswith(_prefix(output)) and path.is_dir()]
+
+
+def remove_leftovers(output: Path) -> None:
+    """What killed runs that wrote `output` left beside it; that of a live one stays."""
+    for folder in _partial_folders(output.resolve()):
+        handle = _lock(folder)
         if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
 
 
-def _flush(folder: Path) -> None:
-    """Everything to disk, with the permissions that the user's umask gives."""
+def replaced_by_a_killed_run(output: Path) -> Path | None:
+    """Where `output` is if a run was killed after it had moved it away, and before the new one was in its place."""
+    output = output.resolve()
+    if output.exists() or not output.parent.is_dir():
+        return None
+    return next((path / REPLACED for path in _partial_folders(output) if (path / REPLACED).is_dir()), None)
+
+
+def _flush(folder: Path, old: Path | None) -> None:
+    """Everything to disk, with the permissions that it has in the old folder, or those that the user's umask gives."""
     mask = _umask()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            path.chmod(0o666 & ~mask)
+    for path in (*sorted(folder.rglob("*")), folder):
+        before = old / path.relative_to(folder) if old is not None else None
+        if before is not None and before.exists():
+            _chmod(path, stat.S_IMODE(before.stat().st_mode))
+        elif path.is_file() or path == folder:
+            _chmod(path, (0o666 if path.is_file() else 0o777) & ~mask)
+        if path.is_file() or path == folder:
             flush(path)
-    folder.chmod(0o777 & ~mask)
-    flush(folder)
+
+
+def _chmod(path: Path, mode: int) -> None:
+    """Not where it has that mode: a file that is linked from elsewhere may be somebody else's."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def flush(path: Path) -> None:

@@ -28,13 +28,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture
-def warm_verification(monkeypatch):
-    """`verify` with a fork for its process, which starts in no time; test_verify.py and others have real ones."""
-
+def verify_in_warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], env: dict, cwd, **how):
         python, isolated, *script = command
         assert (python, isolated) == (sys.executable, "-I")
         return warm_process.run(script, cwd, **env)
 
     monkeypatch.setattr("hf_gqa.export.verify.subprocess", SimpleNamespace(run=run, DEVNULL=None))
+
+
+@pytest.fixture
+def warm_verification(monkeypatch):
+    """`verify` with a fork for its process, which starts in no time; test_verify.py and others have real ones."""
+    verify_in_warm_processes(monkeypatch)

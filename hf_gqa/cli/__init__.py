@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .push import push
 from .recommend import recommend
+from .refresh import refresh
 from .run import run
 from .sweep import sweep
 from .teacher_logits import teacher_logits
@@ -50,6 +51,7 @@ for command, example in (
     ),
     (recommend, "hf-gqa recommend ./my-donor --memory 24GB --context 32768 --batch 8 --sweep ./my-sweep"),
     (verify, "hf-gqa verify ./my-student --donor ./my-donor"),
+    (refresh, "hf-gqa refresh ./my-old-bundle --dry-run"),
     (card, "hf-gqa card ./my-student --report ./my-report --donor ./my-donor"),
     (push, "hf-gqa push ./my-student my-name/my-student"),
 ):

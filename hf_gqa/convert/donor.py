@@ -124,7 +124,8 @@ def open_donor(
         if different:
             raise Refusal(
                 f"{folder}: its code is not that of this hf_gqa (differs: {', '.join(different)}), so it may compute "
-                f"something else. Use --weights-only to convert its tensors as this hf_gqa understands them."
+                f"something else. If an older hf_gqa wrote it, renew a copy with hf-gqa refresh; or use --weights-only to "
+                f"convert its tensors as this hf_gqa understands them."
             )
     config = _parse_config({key: value for key, value in raw.items() if key != "auto_map"}, folder / "config.json")
     if composite is None:

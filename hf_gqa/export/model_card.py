@@ -30,6 +30,7 @@ MARKER = (
 DERIVED = "finetune"  # of the Hub's relations (finetune, adapter, merge, quantized) the one for changed weights
 DATA_LOADERS = ("text", "json", "csv", "parquet", "arrow")
 SIGNIFICANT_DIGITS = 6
+RENEWED = ("code_sha256", "model_class", "refreshed")
 
 
 def make_card(
@@ -123,11 +124,16 @@ def check_same_student(report: Report, student: Path) -> None:
         recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise Refusal(f"{path}: not JSON ({error}). Convert the donor again.") from None
-    if recorded != report.conversion:
+    if _without_renewed(recorded) != _without_renewed(report.conversion):
         raise Refusal(
             f"{student}: the report is of another student, or this one was trained since ({MANIFEST_FILE} differs). "
             f"Evaluate it again."
         )
+
+
+def _without_renewed(recorded):
+    """Of a manifest, what `hf-gqa refresh` leaves alone; what was measured before is true after it."""
+    return {k: v for k, v in recorded.items() if k not in RENEWED} if isinstance(recorded, dict) else recorded
 
 
 def donor_repository(report: Report) -> str:
