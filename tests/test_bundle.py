@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import hf_gqa.runtime
 from hf_gqa import convert, convert_checkpoint
-from hf_gqa.convert.families import load_family
+from hf_gqa.convert.families import FAMILIES, load_family
 
 from .sharing_students import sharing_student
 from .test_conformance import assert_same_tensors, every_family
@@ -247,7 +247,7 @@ def test_loads_without_trust_where_hf_gqa_is_imported(model_type, source, studen
     assert_same_tensors(base.state_dict(), student.base_model.state_dict())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES.names())
 def test_first_file_names_every_other(model_type):
     """transformers before 5.10 fetches only the files that the first one imports directly."""
     first = RUNTIME_FOLDER / f"modeling_gqa_{model_type}.py"

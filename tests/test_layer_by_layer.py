@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -130,7 +131,10 @@ def test_donor_that_is_loaded_whole_says_so(changes, reason, tmp_path):
 def test_buffers_that_the_class_does_not_compute_are_not_guessed(tmp_path, monkeypatch):
     donor = stored("gptj", tmp_path / "donor")
     monkeypatch.setattr(StoredModel(donor).base_model.__class__, "_init_weights", lambda self, module: None)
-    assert why_loaded_whole(donor) == "'h.1.attn' has a buffer that its class does not compute when it loads"
+    reason = why_loaded_whole(
+        donor
+    )  # the buffers are in each attention, or since transformers 5.24 in a module for all
+    assert re.fullmatch(r"'(h\.1\.attn|rotary_emb)' has a buffer that its class does not compute when it loads", reason)
 
 
 def test_explanation_says_what_is_loaded(tmp_path):

@@ -162,7 +162,10 @@ def test_any_cache_is_checked(monkeypatch, how):
     caches = {"static": StaticCache(config=student.config, max_cache_len=40)}
     cached = with_cache(student, caches.get(how, DynamicCache(config=student.config)))
     drop_cache(monkeypatch, "llama", layers=(1,) if how == "one layer" else (0, 1))
-    with pytest.raises(RuntimeError, match=r"LlamaModel: its cache did not grow by .* would be wrong\. Install"):
+    said = r"LlamaModel: its cache did not grow by .* would be wrong\. Install"
+    if how == "static":  # older releases make a mask of its length, which does not fit
+        said = rf"{said}|must match the size of tensor"
+    with pytest.raises(RuntimeError, match=said):
         if how == "own":
             student(tokens, attention_mask=mask, use_cache=True)
         elif how == "generate":
@@ -215,6 +218,7 @@ def test_outside_the_range_it_warns_once(monkeypatch, caplog):
     native_call.logger.warning_once.__func__.cache_clear()
     monkeypatch.setattr(transformers, "__version__", "9.9.9")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
     for _ in range(2):
         bundle("llama")
     said = list({id(record): record.message for record in caplog.records if "tested with" in record.message}.values())

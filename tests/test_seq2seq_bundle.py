@@ -26,6 +26,10 @@ from .test_conformance import assert_same_tensors
 from .test_seq2seq import every_family
 
 
+# Not run where a release has none for a family (T5 before 5.8).
+DECODES_SDPA = "decoding from the cache equals one forward, attention sdpa"
+
+
 HOP = """
 import json, sys
 sys.modules["hf_gqa"] = None
@@ -67,8 +71,12 @@ def test_student_is_verified_in_a_clean_process(model_type, tmp_path):
     seq2seq_donor(model_type).save_pretrained(tmp_path / "donor")
     convert_checkpoint(tmp_path / "donor", tmp_path / "student", num_key_value_heads=2)
     checks = verify(tmp_path / "student", open_donor(tmp_path / "donor"))
-    assert [check.name for check in checks if not check.passed] == []
+    assert {check.name for check in checks if not check.passed} <= {DECODES_SDPA} and not failed(checks)
     assert {"loads without hf_gqa", "generates", "equals the donor's merged heads"} <= {c.name for c in checks}
+
+
+def failed(checks) -> list[str]:
+    return [check.name for check in checks if check.passed is False]
 
 
 @pytest.mark.slow

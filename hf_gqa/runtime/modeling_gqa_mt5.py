@@ -9,6 +9,7 @@ from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
 from .native_call import NativeCall
+from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 
@@ -52,7 +53,7 @@ class GQAMT5Model(PlannedSeq2SeqModel, MT5Model):
     default_attention = DEFAULT_ATTENTION
 
 
-class GQAMT5ForSeq2SeqLM(PlannedWholeHead, MT5ForConditionalGeneration, GenerationMixin):
+class GQAMT5ForSeq2SeqLM(PlannedWholeHead, PlannedHead, MT5ForConditionalGeneration, GenerationMixin):
     config: GQAMT5Config
     config_class = GQAMT5Config
     model_class = GQAMT5Model

@@ -9,6 +9,7 @@ from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
 from .native_call import NativeCall
+from .planned_model import PlannedHead
 from .planned_seq2seq import PlannedSeq2SeqConfig, PlannedSeq2SeqModel, PlannedWholeHead
 from .planned_t5_attention import PlannedT5Attention, eager_attention_with_bias
 
@@ -60,7 +61,7 @@ class GQAUMT5Model(PlannedSeq2SeqModel, UMT5Model):
     default_attention = DEFAULT_ATTENTION
 
 
-class GQAUMT5ForSeq2SeqLM(PlannedWholeHead, UMT5ForConditionalGeneration, GenerationMixin):
+class GQAUMT5ForSeq2SeqLM(PlannedWholeHead, PlannedHead, UMT5ForConditionalGeneration, GenerationMixin):
     config: GQAUMT5Config
     config_class = GQAUMT5Config
     model_class = GQAUMT5Model

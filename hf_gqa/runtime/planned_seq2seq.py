@@ -130,8 +130,8 @@ class PlannedSeq2SeqModel(PlannedModel):
         take_over_attentions(self, self.attention_class, config)
 
 
-class PlannedWholeHead(PlannedHead):
-    """Mixin before a native head class that holds encoder and decoder itself, not in a base model (T5)."""
+class PlannedWholeHead:
+    """Mixin before `PlannedHead` and a native head class that holds encoder and decoder itself, not in a base model (T5)."""
 
     def __init__(self, config):
         super(PlannedHead, self).__init__(config)
