@@ -5,12 +5,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import ClassVar, Self, get_args, get_origin
 
-import yaml
-
+from .reading import read_yaml
 from .refusal import Refusal
 
 
-MERGE = "tag:yaml.org,2002:merge"  # "<<", of which there may be several
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -47,38 +45,9 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> dict:
         """The keys of a YAML file; `from_dict` checks their values once a command's own options are merged in."""
-        try:
-            values = read_yaml(path)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise Refusal(f"{path}: not a readable YAML file ({' '.join(str(error).split())}). Correct it.") from None
+        values = read_yaml(path)
         check_keys(cls, values, str(path))
         return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML forbids a key twice in one mapping; the loader would take the last."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        twice = next((key for key, _ in reversed(node.value) if names.count(key.value) > 1 and key.tag != MERGE), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{twice.value}' stands there twice", twice.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path):
-    """Plain values of a YAML file.
-
-    Raises:
-        OSError, ValueError, RecursionError, yaml.YAMLError: it cannot be read, or a key stands twice in one mapping.
-    """
-    loader = _UniqueKeys(path.read_text(encoding="utf-8"))
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
 
 
 def check_keys(cls: type, values, where: str) -> None:

@@ -6,7 +6,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,8 @@ except ImportError:  # not POSIX: leftovers of killed runs are then left alone
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+PARTIAL, NEW = ".partial-", ".new-"  # of a run that writes; of one that is about to
+NEW_SECONDS = 60  # after which that is the name of a killed one
 REPLACED = "replaced"  # what a folder is called while another takes its place in two steps
 
 
@@ -59,16 +62,14 @@ def staged_folder(output: Path, overwrite: bool, keep_permissions: bool = False)
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
-    staging = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-    lock = _lock(staging)
+    staging, lock = _locked_partial(output, tempfile.mkdtemp)
     try:
         yield staging
         _flush(staging, output if keep_permissions else None)
         _publish(staging, output, overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        _unlock(lock)
         with suppress(OSError):
             for parent in made:  # those that are empty, because nothing came of it
                 parent.rmdir()
@@ -81,7 +82,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
     elif not overwrite:
         raise Refusal(f"{output}: exists now, and did not when the conversion began. Nothing was replaced.")
     elif not _exchange(staging, output):
-        retired = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        retired, lock = _locked_partial(output, tempfile.mkdtemp)
         os.rename(output, retired / REPLACED)
         try:
             os.rename(staging, output)
@@ -90,6 +91,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
             raise
         finally:
             shutil.rmtree(retired, ignore_errors=True)
+            _unlock(lock)
     flush(output.parent)
 
 
@@ -102,11 +104,30 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
-def _lock(folder: Path) -> int | None:
-    """An open, locked handle of the folder; None if another process holds it or locks are not to be had."""
+def _locked_partial(output: Path, make: Callable[..., str]) -> tuple[Path, int | None]:
+    """A fresh folder or file beside `output` that no `remove_leftovers` takes for one of a killed run; and its lock.
+
+    It has the name of a partial one only once it is locked.
+
+    Args:
+        make: `tempfile.mkdtemp`, or what makes a file as that makes a folder.
+    """
+    while True:
+        lock = None
+        new = Path(make(prefix=f".{output.name}{NEW}", dir=output.parent))
+        partial = new.with_name(new.name.replace(NEW, PARTIAL))
+        with suppress(FileNotFoundError):  # somebody took it for an old one
+            lock = _lock(new)
+            os.rename(new, partial)
+            return partial, lock
+        _unlock(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """An open, locked handle; None if another process holds it, or locks are not to be had."""
     if fcntl is None:
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -115,21 +136,28 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _prefix(output: Path) -> str:
-    return f".{output.name}.partial-"
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
-def _partial_folders(output: Path) -> list[Path]:
-    return [path for path in output.parent.iterdir() if path.name.startswith(_prefix(output)) and path.is_dir()]
+def _beside(output: Path, kind: str) -> list[Path]:
+    return [path for path in output.parent.iterdir() if path.name.startswith(f".{output.name}{kind}")]
 
 
 def remove_leftovers(output: Path) -> None:
-    """What killed runs that wrote `output` left beside it; that of a live one stays."""
-    for folder in _partial_folders(output.resolve()):
-        handle = _lock(folder)
-        if handle is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+    """What killed runs that wrote `output`, a folder or a file, left beside it; that of a live one stays."""
+    output = output.resolve()
+    for path in _beside(output, PARTIAL):
+        with suppress(FileNotFoundError):
+            handle = _lock(path)
+            if handle is not None:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                os.close(handle)
+    for path in _beside(output, NEW):  # empty, and by now locked and renamed if its run lives
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > NEW_SECONDS:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def replaced_by_a_killed_run(output: Path) -> Path | None:
@@ -137,7 +165,7 @@ def replaced_by_a_killed_run(output: Path) -> Path | None:
     output = output.resolve()
     if output.exists() or not output.parent.is_dir():
         return None
-    return next((path / REPLACED for path in _partial_folders(output) if (path / REPLACED).is_dir()), None)
+    return next((path / REPLACED for path in _beside(output, PARTIAL) if (path / REPLACED).is_dir()), None)
 
 
 def _flush(folder: Path, old: Path | None) -> None:
@@ -179,15 +207,21 @@ def publish_file(partial: Path, file: Path) -> None:
 def staged_file(file: Path) -> Iterator[Path]:
     """An empty file beside `file` that takes its place if the block ends without an exception, and is removed otherwise."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
-    os.close(handle)
-    partial = Path(name)
+    remove_leftovers(file)
+    partial, lock = _locked_partial(file, _empty_file)
     try:
         yield partial
         partial.chmod(0o666 & ~_umask())
         publish_file(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+        _unlock(lock)
+
+
+def _empty_file(prefix: str, dir: Path) -> str:
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=dir)
+    os.close(handle)
+    return name
 
 
 def replace_file(file: Path, text: str) -> None:

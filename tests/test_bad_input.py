@@ -202,7 +202,7 @@ def test_donor_name_that_no_file_system_knows_is_one_message(tmp_path, name):
     ("text", "words"),
     [
         (None, ["config.json: missing", "save_pretrained"]),
-        ("{'model_type': 'llama'}", ["config.json: not JSON (", "Download the donor again"]),
+        ("{'model_type': 'llama'}", ["config.json: not readable JSON (", "Download the donor again"]),
         ("[1, 2]", ["config.json: holds list, expected an object", "Download the donor again"]),
     ],
 )
@@ -217,7 +217,7 @@ def test_config_file_is_refused(tmp_path, text, words):
 def test_config_file_that_is_not_text_is_refused(tmp_path):
     donor = write_donor(tmp_path / "donor")
     (donor / "config.json").write_bytes(b"\xff\xfe\x00")
-    assert_refused(donor, tmp_path, "config.json: not JSON (")
+    assert_refused(donor, tmp_path, "config.json: not readable JSON (")
 
 
 @pytest.mark.parametrize("model_type", ["xglm", "lama", None, 7, ["llama"]])

@@ -111,7 +111,7 @@ def test_damaged_shard_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", ["index.json: not an index (", "Expected an object with 'weight_map'"]),
+        ("{", ["index.json: not readable JSON (", "Download the donor again"]),
         ("[]", ["index.json: not an index (", "Expected an object with 'weight_map'"]),
         ("{}", ["index.json: not an index (", "Expected an object with 'weight_map'"]),
         ('{"weight_map": ["a"]}', ["index.json: not an index ("]),

@@ -85,7 +85,7 @@ def test_files_that_are_no_report_are_refused(tmp_path):
     with pytest.raises(Refusal, match=r"report\.json: no such report\. Write one with hf-gqa evaluate\."):
         Report.read(tmp_path)
     (tmp_path / REPORT_FILE).write_text("{")
-    with pytest.raises(Refusal, match=r"report\.json: not JSON \(.*\)\. Evaluate the student again\."):
+    with pytest.raises(Refusal, match=r"report\.json: not readable JSON \(.*\)\. Evaluate the student again\."):
         Report.read(tmp_path)
     (tmp_path / REPORT_FILE).write_text("[]")
     with pytest.raises(Refusal, match="format = None"):

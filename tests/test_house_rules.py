@@ -23,7 +23,16 @@ FLOORS = {
     **{"runtime": 0, "weights": 1, "methods": 2, "sharing": 2, "convert": 3, "text": 3},
     **{"evaluate": 4, "uptrain": 4, "analyze": 5, "export": 5, "workflow": 6, "cli": 7},
 }
-FOR_ALL_BUT_RUNTIME = {"evaluating", "progress_bar", "human_units", "recipe", "refusal", "registry", "staging"}
+FOR_ALL_BUT_RUNTIME = {
+    "evaluating",
+    "progress_bar",
+    "human_units",
+    "reading",
+    "recipe",
+    "refusal",
+    "registry",
+    "staging",
+}
 PLUGINS = re.compile(
     r"hf_gqa\.(methods|sharing|uptrain\.objectives|convert\.relatives|evaluate\.retrieval|runtime\.modeling_gqa_\w+)"
     r"(\.\w+)?"

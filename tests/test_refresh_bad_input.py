@@ -61,7 +61,7 @@ def test_folder_that_a_killed_run_moved_away(tmp_path, bundle):
     ("config", "manifest", "words"),
     [
         (None, True, "config.json: missing, so the folder is no bundle."),
-        ("{", True, "config.json: not JSON (Expecting property name"),
+        ("{", True, "config.json: not readable JSON (Expecting property name"),
         ("[]", True, "config.json: holds list, expected an object."),
         ("{}", False, "no bundle of hf_gqa: it runs as the class that transformers has for None"),
         (
@@ -87,7 +87,7 @@ def test_folder_that_is_no_bundle(bundle, config, manifest, words):
 
 def test_config_in_another_encoding(bundle):
     (bundle / CONFIG).write_bytes((bundle / CONFIG).read_text().encode("utf-16"))
-    assert_left_alone(bundle, "config.json: not JSON (")
+    assert_left_alone(bundle, "config.json: not readable JSON (")
 
 
 def test_model_type_that_is_not_known(bundle):
@@ -99,7 +99,7 @@ def test_model_type_that_is_not_known(bundle):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "not JSON (Expecting property name"),
+        ("{", "not readable JSON (Expecting property name"),
         ("[]", "holds list, expected an object"),
         ('{"versions": {"hf_gqa": "0.1.0"}, "export": "bundle"}', "not a manifest ("),
         ("{}", "neither conversion_manifest.json nor config.json says which hf_gqa wrote it"),

@@ -215,7 +215,7 @@ def test_damaged_settings_are_refused(tmp_path):
     with pytest.raises(Refusal) as refusal:
         sampled(tmp_path)
     assert str(refusal.value) == (
-        f"{tmp_path / 'corpus.json'}: is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+        f"{tmp_path / 'corpus.json'}: not readable JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
         f"(char 1)). Remove the folder, and sample again."
     )
 

@@ -1,15 +1,16 @@
 """Adapters of peft: what is trained, what the teacher keeps, and what is merged and written."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_gqa import convert, convert_checkpoint
+from hf_gqa import Refusal, convert, convert_checkpoint
 from hf_gqa.convert.student import open_student
 from hf_gqa.uptrain import run as uptrain_run
 from hf_gqa.uptrain.callback import UptrainCallback
@@ -239,3 +240,69 @@ def test_four_bits_without_bitsandbytes_are_refused(folders, tmp_path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run_cli(*arguments_of(folders, tmp_path / "out", "--load-in-4bit", lora_rank=4))
     assert_one_message(result, 2, "--load-in-4bit: needs bitsandbytes. Install it: pip install 'hf_gqa[qlora]'.")
+
+
+TARGETS = {
+    "lm_head": (
+        r"adapter on 'base_model.model.lm_head' cannot be merged: its weight is 'base_model.model.model.embed_tokens.weight'"
+    ),
+    "embed_tokens": r"its weight is 'base_model.model.lm_head.weight' too, .* Leave 'embed_tokens' out",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft only warns
+@pytest.mark.parametrize("target", TARGETS)
+def test_adapter_on_a_weight_that_is_another_s_too_is_refused_before_training(target, tmp_path):
+    """Also where somebody else made the adapter: merged, both would change."""
+    student = convert(tiny_donor("llama", tie_word_embeddings=True), num_key_value_heads=2)
+    for how in ({"target_modules": [target]}, {"target_modules": ["q_proj"], "modules_to_save": [target]}):
+        adapted = get_peft_model(copy.deepcopy(student), LoraConfig(r=2, **how))
+        trainer = UptrainTrainer(
+            model=adapted,
+            uptrain=UptrainCallback(budget_tokens=48, export_dir=tmp_path / "out"),
+            args=arguments(tmp_path),
+            train_dataset=rows_of(4),
+        )
+        with pytest.raises(Refusal, match=TARGETS[target]):
+            trainer.train()
+        with pytest.raises(Refusal, match=TARGETS[target]):
+            export_student(adapted, tmp_path / "out", source=None, uptraining={})
+        assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_the_user_s_own_on_tied_layers_is_refused(tmp_path):
+    student = convert(tiny_donor("llama"), sharing="albert", shared_layers=[1])
+    adapted = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        Refusal, match=r"layers.0.self_attn.q_proj' cannot be merged: its weight is '.*layers.1.self_attn"
+    ):
+        export_student(adapted, tmp_path / "out", source=None, uptraining={})
+
+
+def test_prefixes_are_no_weights(tmp_path):
+    adapted = get_peft_model(
+        convert(tiny_donor("llama"), num_key_value_heads=2),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    )
+    with pytest.raises(Refusal, match=r"^export: prompts and prefixes are tokens .* Train a LoRA"):
+        export_student(adapted, tmp_path / "out", source=None, uptraining={})
+
+
+def test_what_is_written_is_compared_with_what_was_trained(tmp_path, monkeypatch):
+    student = convert(tiny_donor("llama"), num_key_value_heads=2)
+    adapted = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    export_student(adapted, tmp_path / "right", source=None, uptraining={})
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", lambda self, *args, **kwargs: None)
+    with pytest.raises(Refusal, match=r"^export: with its adapters merged the model computes something else"):
+        export_student(adapted, tmp_path / "wrong", source=None, uptraining={})
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's, on transformers 5.24
+def test_a_prefix_over_layers_with_different_heads_is_refused_with_the_reason():
+    uneven = convert(tiny_donor("llama"), layer_plan=[{"num_key_value_heads": n} for n in (2, 1)])
+    adapted = get_peft_model(uneven, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(
+        ValueError, match=r"the cache holds 2 KV heads for layer 1, which has 1\. A prefix .* train a LoRA"
+    ):
+        adapted(tokens_and_mask()[0])

@@ -319,7 +319,7 @@ def test_folder_without_manifest_is_refused(originals, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "not a manifest ("),
+        ("{", "not readable JSON ("),
         ("[]", "not a manifest ("),
         ("{}", "Expected the keys format, plan, layer_plan"),
         ('{"hello": 1}', "not a manifest ("),

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from ..convert.plan import SHARED_INITS, ConversionPlan
-from ..recipe import read_yaml
+from ..reading import read_yaml
 from ..refusal import Refusal
 from ..sharing import SHARINGS
 
@@ -81,12 +80,7 @@ def read_plan(path: Path, asked: dict) -> ConversionPlan:
     if said:
         option = f"--{said[0].replace('_', '-')}"
         raise Refusal(f"--plan {path}: {option} is part of the plan. Leave the option out, or write it into the file.")
-    try:
-        values = read_yaml(path)
-    except FileNotFoundError:
-        raise Refusal(f"--plan {path}: no such file. Give a plan in YAML.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"--plan {path}: not YAML ({' '.join(str(error).split())}). Give a plan in YAML.") from None
+    values = read_yaml(path, "Give a plan in YAML.")
     try:
         return ConversionPlan.from_dict(values)
     except Refusal as refusal:

@@ -1,7 +1,6 @@
 """Open a donor: a folder, a repository on the Hub, or a model in memory; refuse what we would have to guess about."""
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +9,19 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..reading import read_json
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout, AttentionSite, attention_sites
 from ..weights.checkpoint import Checkpoint, StateDict
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
-from .donor_folder import locate
+from .donor_folder import check_no_adapter, locate
 from .donor_sites import check_heads, check_is_whole, key_value_heads
 from .families import Family, check_flags, family_of, native_class
 from .stored_tensors import check_tensors
+
+
+MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,7 @@ def open_donor(
         Refusal: anything missing, unreadable, contradictory, quantized, pickled, or of an unknown family.
     """
     folder, commit = locate(str(name_or_path), revision)
+    check_no_adapter(folder)
     name = folder.resolve().name if commit is None else str(name_or_path)
     raw = _read_config(folder / "config.json")
     composite, model_type = composite_of(raw, str(folder / "config.json"))
@@ -174,14 +178,13 @@ def donor_from_model(model: PreTrainedModel) -> Donor:
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise Refusal(f"{path}: missing. Give a folder written by save_pretrained, or a repository of such files.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Refusal(f"{path}: not JSON ({error}). Download the donor again.") from None
+    raw = read_json(path, "Download the donor again.")
     if not isinstance(raw, dict):
         raise Refusal(f"{path}: holds {type(raw).__name__}, expected an object. Download the donor again.")
     if raw.get("quantization_config"):
         raise Refusal(_quantized(str(path)))
+    if isinstance(raw.get("num_labels"), int) and raw["num_labels"] > MOST_LABELS:  # each gets a name when it is parsed
+        raise Refusal(f"{path}: num_labels = {raw['num_labels']:,}, allowed are {MOST_LABELS:,}. Correct it.")
     return raw
 
 
@@ -194,7 +197,7 @@ def _quantized(where: str) -> str:
 
 def _parse_config(raw: dict, path: Path) -> PretrainedConfig:
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))  # it changes what is nested in place
     except Exception as error:  # whatever the native class raises on values it cannot take
         reason = " ".join(str(error).split())
         raise Refusal(f"{path}: transformers does not accept it ({reason}). Correct the configuration.") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..reading import read_json
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
 from ..staging import file_sha256
@@ -68,8 +69,9 @@ class Manifest:
         if not path.is_file():
             raise Refusal(f"{path}: missing, so the folder does not say how it was made. Convert the donor again.")
         known = ", ".join(field.name for field in fields(cls))
+        values = read_json(path, "Convert the donor again.")
         try:
-            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
+            manifest = cls(**values)
         except (ValueError, TypeError) as error:
             raise Refusal(f"{path}: not a manifest ({error}). Expected the keys {known}.") from None
         if manifest.format != FORMAT:

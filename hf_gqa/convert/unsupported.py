@@ -83,7 +83,7 @@ UNSUPPORTED = (
 # Configuration fields that change what attention computes, in some family or in somebody's variant of one.
 VARIANT_FLAGS = (
     "alibi", "attention_multiplier", "attention_sinks", "attn_logit_softcapping", "clip_qkv", "multi_query", "no_rope_layers",
-    "qk_layernorm", "use_alibi", "use_qk_norm",
+    "qk_layernorm", "sliding_window", "use_alibi", "use_qk_norm",
 )  # fmt: skip
 
 

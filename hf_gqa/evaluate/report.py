@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..convert.model_kind import AUTO_CLASSES, CAUSAL_LM
+from ..reading import read_json
 from ..refusal import Refusal
 from .from_json import value_of
 
@@ -386,8 +387,4 @@ class Report:
         path = path / REPORT_FILE if path.is_dir() else path
         if not path.is_file():
             raise Refusal(f"{path}: no such report. Write one with hf-gqa evaluate.")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise Refusal(f"{path}: not JSON ({error}). Evaluate the student again.") from None
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_json(path, "Evaluate the student again."), str(path))

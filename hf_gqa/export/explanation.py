@@ -16,6 +16,7 @@ from ..convert.cache_bytes import (
 )
 from ..convert.cache_bytes_by_kind import cache_bytes_by_kind
 from ..convert.donor import Donor
+from ..convert.donor_folder import left_behind
 from ..convert.layer_sharing import removed_parameters
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import head_tensors
@@ -27,6 +28,7 @@ from .sharing_words import sharing_notes
 
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
+MOST_NAMED = 8  # files, of those that are left behind
 COMMON_TENSOR_PARALLEL_SIZE = 8
 
 
@@ -169,6 +171,10 @@ def _notes(donor: Donor, plan: ConversionPlan, heads: list[int], before: dict, a
             f"Tensor parallelism over more GPUs than {most} cannot give each its own KV heads: engines then copy heads, "
             f"so that the cache per GPU shrinks no further, or refuse."
         )
+    behind = left_behind(donor.folder, donor.tensors.shards) if donor.folder and donor.revision is None else []
+    if behind:
+        more = f" and {len(behind) - MOST_NAMED} more" if len(behind) > MOST_NAMED else ""
+        notes.append(f"Left behind in the donor's folder: {', '.join(behind[:MOST_NAMED])}{more}.")
     return notes
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -22,6 +23,24 @@ def with_members(text: str, changes: dict) -> str:
     """
     for key, value in changes.items():
         text = _with_member(text, key, value)
+    return text
+
+
+def with_inner_members(text: str, key: str, changes: dict) -> str:
+    """The same within the object that one member holds."""
+    _, _, start, end = next(member for member in _members(text) if member[0] == key)
+    return text[:start] + with_members(text[start:end], changes) + text[end:]
+
+
+def without_members(text: str, keys: Collection[str]) -> str:
+    """The object without these members, some of which it may have."""
+    members = _members(text)
+    for place in reversed(range(len(members))):
+        if members[place][0] in keys:
+            last = place + 1 == len(members)
+            start = members[place - 1][3] if last and place else members[place][1]
+            text = text[:start] + text[members[place][3] if last else members[place + 1][1] :]
+            members = _members(text)
     return text
 
 

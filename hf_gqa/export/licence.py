@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..convert.manifest import Manifest
+from ..reading import read_json
 from ..refusal import Refusal
 from ..staging import file_sha256
 
@@ -85,8 +86,8 @@ def write_licence(licence: Licence, folder: Path) -> None:
 
 def _read(path: Path) -> Licence:
     known = {field.name for field in fields(Licence)}
+    values = read_json(path, "Remove it, then give --donor.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         if set(values) != known or not all(value is None or isinstance(value, str) for value in values.values()):
             raise ValueError(f"expected text under {', '.join(sorted(known))}")
     except (ValueError, TypeError) as error:

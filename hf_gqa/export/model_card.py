@@ -14,6 +14,7 @@ from ..convert.model_kind import AUTO_CLASSES
 from ..evaluate.report import PAGE_FILE, REPORT_FILE, Report
 from ..evaluate.verdict import confidence, verdict
 from ..evaluate.words import words_of
+from ..reading import read_json
 from ..refusal import Refusal
 from ..staging import replace_file
 from .card_tables import tables
@@ -120,10 +121,7 @@ def check_same_student(report: Report, student: Path) -> None:
     path = student / MANIFEST_FILE
     if not student.is_dir():
         raise Refusal(f"{student}: no such folder. Give a folder that hf-gqa convert wrote.")
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise Refusal(f"{path}: not JSON ({error}). Convert the donor again.") from None
+    recorded = read_json(path, "Convert the donor again.") if path.is_file() else None
     if _without_renewed(recorded) != _without_renewed(report.conversion):
         raise Refusal(
             f"{student}: the report is of another student, or this one was trained since ({MANIFEST_FILE} differs). "

@@ -1,13 +1,12 @@
 """Which files of a student go to the Hub, and why all others are refused: an upload is public before it is regretted."""
 
-import fnmatch
-import json
 import re
 from pathlib import Path
 
 from ..convert.bundle_code import runtime_files
-from ..convert.donor_folder import CARRIED_FILES
+from ..convert.donor_folder import CARRIED_FILES, MODULE_WEIGHTS, matches
 from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..reading import read_json
 from ..refusal import Refusal
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
@@ -28,6 +27,7 @@ TEXT_SUFFIXES = (
     ".svg",
     ".jinja",
     ".model",
+    ".spm",
     ".tiktoken",
     ".gitattributes",
 )
@@ -66,7 +66,7 @@ def _weight_files(folder: Path) -> set[str]:
 
 def _code_files(folder: Path) -> set[str]:
     """What a bundle executes; `verify` has compared it with this hf_gqa, or was told to run it all the same."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     shipped = {path.name for path in folder.glob("*.py")}
     return shipped | {path.name for path in runtime_files(config.get("model_type"))}
 
@@ -88,8 +88,8 @@ def _check_known(folder: Path, name: str) -> None:
         )
     if suffix == ".py":
         raise Refusal(f"{folder}: '{name}' is code, which a native student needs none of. Remove it.")
-    known = any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in KNOWN_FILES)
-    if not known or suffix == ".safetensors":
+    known = KNOWN_FILES if suffix != ".safetensors" else (MODULE_WEIGHTS,)
+    if not any(matches(Path(name), pattern) for pattern in known):
         raise Refusal(f"{folder}: '{name}' is no part of a student. Move it elsewhere, then push again.")
 
 

@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from ..convert.bundle_code import GENERATION_CODE, modified_code, runtime_files, runtime_sha256
 from ..convert.families import FAMILIES, Family, load_family
 from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..reading import read_json
 from ..refusal import Refusal
 from ..runtime import native_call
 from ..staging import file_sha256, remove_leftovers, replaced_by_a_killed_run, staged_folder
@@ -184,10 +185,7 @@ def _read_bundle(folder: Path) -> tuple[dict, dict]:
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise Refusal(f"{path}: missing, so the folder is no bundle. Give a folder that hf-gqa convert wrote.")
-    try:
-        found = json.loads(read_text(path))
-    except ValueError as error:
-        raise Refusal(f"{path}: not JSON ({error}). Restore it from where the bundle came from.") from None
+    found = read_json(path, "Restore it from where the bundle came from.")
     if not isinstance(found, dict):
         raise Refusal(f"{path}: holds {type(found).__name__}, expected an object. Restore it.")
     return found

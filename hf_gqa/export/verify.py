@@ -20,6 +20,7 @@ from ..convert.families import family_of, is_encoder
 from ..convert.manifest import MANIFEST_FILE, Manifest, comes_from
 from ..convert.plan import ConversionPlan
 from ..convert.surgery import layer_heads
+from ..reading import read_json
 from ..refusal import Refusal
 from ..runtime.layer_plan import LayerPlan
 from ..weights.attention_weights import AttentionWeights
@@ -92,7 +93,7 @@ def verify(
 def _check_code(folder: Path, trust_remote_code: bool) -> Check:
     name = "code is this hf_gqa's, byte for byte"
     try:
-        different = foreign_code(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        different = foreign_code(folder, read_json(folder / "config.json"))
     except (OSError, ValueError, AttributeError) as error:
         return Check(name=name, passed=False, detail=f"config.json cannot be read ({error})")
     if not different:
@@ -215,6 +216,9 @@ def _check_oracle(donor: Donor, folder: Path, manifest: Manifest, dtype: str, st
     if merged_slowly:
         _merge_slowly(model, donor, plan, rows, folder)
     oracle = _logits(model)
+    if oracle.shape != student_logits.shape:
+        detail = f"the student predicts {student_logits.shape[-1]:,} tokens, the donor {oracle.shape[-1]:,}: it was resized since"
+        return Check(name=name, passed=False, detail=detail)
     mask = fresh_process.probe(donor.config.vocab_size)[1].bool()
     if donor.layout.cross_attention is not None:  # what is padded there is what the encoder reads
         mask = torch.ones_like(mask)

@@ -1,6 +1,5 @@
 """Convert a donor on disk into a student on disk, shard by shard."""
 
-import copy
 import errno
 import json
 import shutil
@@ -23,6 +22,7 @@ from ..progress_bar import progress_bar
 from ..staging import check_output, file_sha256, flush, staged_folder
 from ..weights.checkpoint import INDEX_FILE, SINGLE_FILE
 from .explanation import explain, facts
+from .json_members import read_text, with_inner_members, with_members, without_members
 
 
 WAITING = ".converted-layers"
@@ -138,17 +138,16 @@ def _converted_shards_with_bar(donor: Donor, plan: ConversionPlan, target: Targe
 
 
 def _write_config(donor: Donor, target: Target, staging: Path) -> None:
-    """A native student of the donor's class keeps the donor's `config.json` but for what the plan changes."""
+    """A native student of the donor's class keeps the donor's `config.json` but for what the plan changes, byte for byte."""
     if target.same_class:
-        raw = {
-            key: value
-            for key, value in copy.deepcopy(donor.raw_config).items()
-            if key not in ("auto_map", "_name_or_path")
-        }
-        language = raw if donor.composite is None else raw["text_config"]
-        language |= target.changed_fields
-        raw["architectures"] = [target.model_class.__name__]
-        (staging / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = without_members(read_text(donor.folder / "config.json"), ("auto_map", "_name_or_path"))
+        if donor.raw_config.get("architectures") != [target.model_class.__name__]:
+            text = with_members(text, {"architectures": [target.model_class.__name__]})
+        if donor.composite is None:
+            text = with_members(text, target.changed_fields)
+        else:
+            text = with_inner_members(text, "text_config", target.changed_fields)
+        (staging / "config.json").write_bytes(text.encode("utf-8"))
     else:
         target.config.architectures = [target.model_class.__name__]
         target.config.save_pretrained(staging)

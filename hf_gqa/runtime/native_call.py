@@ -180,17 +180,17 @@ def update_paged(cache, key, value, layer_idx: int, handed: dict):
     return key, value
 
 
-def guard_cache(stack: torch.nn.Module, layers: list[int]) -> None:
+def guard_cache(stack: torch.nn.Module, layers: dict[int, int]) -> None:
     """Check the first forward of a stack of blocks that has a cache: it must grow by the tokens that were given.
 
     Outside of compilation. After that forward the check is gone.
 
     Args:
         stack: the module that hands its cache to its blocks.
-        layers: those that keep keys and values; nothing is checked without any.
+        layers: those that keep keys and values, and their KV heads; nothing is checked without any.
     """
     if layers:
-        stack.guarded_layers = tuple(layers)
+        stack.guarded_layers = layers
         stack.guards = (
             stack.register_forward_pre_hook(_remember_lengths, with_kwargs=True),
             stack.register_forward_hook(_check_growth, with_kwargs=True),
@@ -200,6 +200,8 @@ def guard_cache(stack: torch.nn.Module, layers: list[int]) -> None:
 def _remember_lengths(stack, args, kwargs) -> None:
     if not torch.compiler.is_compiling():
         cache = cache_in((*args, *kwargs.values()))
+        if cache is not None:
+            _check_heads(cache, stack.guarded_layers)
         stack.lengths_before = None if cache is None else _lengths(cache, stack.guarded_layers)
 
 
@@ -234,7 +236,21 @@ def cache_in(values) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
-def _lengths(cache: Cache, layers: tuple[int, ...]) -> list[int]:
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    return [int(cache.get_seq_length(layer_idx)) for layer_idx in layers]
+def _lengths(cache: Cache, layers: dict[int, int]) -> list[int]:
+    return [int(_of_decoder(cache).get_seq_length(layer_idx)) for layer_idx in layers]
+
+
+def _check_heads(cache: Cache, layers: dict[int, int]) -> None:
+    """Refuse a cache that somebody filled with one number of heads for all layers, such as peft for a prefix."""
+    for layer_idx, heads in layers.items():
+        kept = _of_decoder(cache).layers[layer_idx : layer_idx + 1]
+        keys = getattr(kept[0], "keys", None) if kept else None
+        if isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.shape[1] != heads:
+            raise ValueError(
+                f"the cache holds {keys.shape[1]} KV heads for layer {layer_idx}, which has {heads}. A prefix (peft's prefix "
+                f"tuning) has one number for all layers: train a LoRA instead, or convert with one number of KV heads."
+            )
+
+
+def _of_decoder(cache: Cache) -> Cache:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

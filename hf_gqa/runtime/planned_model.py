@@ -160,7 +160,8 @@ class PlannedModel(GroupedByDefault):
         self._tied_weights_keys = (self._tied_weights_keys or {}) | self.tied_layers  # what saving leaves out
         if not layout.bidirectional:
             caching = [i for i, row in enumerate(rows) if row.key_from is None or row.value_from is None]
-            guard_cache(self.get_submodule(layout.stack), caching)
+            heads = {layer_idx: rows[layer_idx].num_key_value_heads for layer_idx in caching}
+            guard_cache(self.get_submodule(layout.stack), heads)
 
     def _tied_layers(self, rows) -> dict[str, str]:
         """Name of each parameter that is another layer's -> name of that."""

@@ -117,10 +117,11 @@ class PlannedSeq2SeqConfig(PlannedConfig):
 def take_over_attentions(model, attention_class: type[PlannedSeq2SeqAttention], config) -> None:
     layout = attention_class.donor_layout
     sites = attention_sites(layout, config)
-    guard_cache(model.get_submodule(layout.stack), [site.layer_idx for site in sites if site.kind == SELF])
-    for site, row in zip(sites, config.layer_plan, strict=True):
-        heads = LayerPlan.from_dict(row).num_key_value_heads
-        attention_class.take_over(model.get_submodule(site.path), site, heads, config)
+    heads = [LayerPlan.from_dict(row).num_key_value_heads for row in config.layer_plan]
+    own = {site.layer_idx: count for site, count in zip(sites, heads, strict=True) if site.kind == SELF}
+    guard_cache(model.get_submodule(layout.stack), own)
+    for site, count in zip(sites, heads, strict=True):
+        attention_class.take_over(model.get_submodule(site.path), site, count, config)
 
 
 class PlannedSeq2SeqModel(PlannedModel):

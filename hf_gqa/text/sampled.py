@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..evaluating import evaluating
 from ..progress_bar import progress_bar
+from ..reading import read_json
 from ..refusal import Refusal
 from ..runtime.native_call import cache_argument
 from ..staging import file_sha256, publish_file
@@ -95,10 +96,7 @@ def _open_folder(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, (json.dumps(settings, indent=2) + "\n").encode())
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Refusal(f"{file}: is no JSON ({error}). Remove the folder, and sample again.") from None
+    found = read_json(file, "Remove the folder, and sample again.")
     found = found if isinstance(found, dict) else {}
     for name, value in settings.items():
         if found.get(name) != value:

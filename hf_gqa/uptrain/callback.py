@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..convert.cache_bytes import cache_bytes_per_token_computed, cached_heads
 from ..refusal import Refusal
-from .export_student import export_student
+from .export_student import check_exportable, export_student
 from .freezing import trained_names
 from .phases import Phase, locate
 
@@ -107,6 +107,8 @@ class UptrainCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._check_trainer(args)
+        if self.export_dir is not None:
+            check_exportable(model)
         self._tokens_before_step = self.tokens_at_begin = state.num_input_tokens_seen
         self._phase = None
         if not self._trained:

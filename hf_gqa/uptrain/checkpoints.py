@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..reading import read_json
 from ..refusal import Refusal
 from ..staging import file_sha256, flush, publish_file
 
@@ -263,13 +264,13 @@ def _read_record(folder: Path) -> dict:
     if not (folder / RECORD_FILE).is_file():
         raise _Incomplete("no record: the save did not finish")
     try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD_FILE)
         if record["format"] != RECORD_FORMAT:
             raise _Incomplete(f"{RECORD_FILE}: format {record['format']}, this version reads {RECORD_FORMAT}")
         shaped = isinstance(record["facts"], dict) and isinstance(record["global_step"], int)
         for recorded in record["files"].values():
             shaped &= isinstance(recorded["bytes"], int) and isinstance(recorded["sha256"], str)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         shaped = False
     if not shaped:
         raise _Incomplete(f"{RECORD_FILE}: cannot be read")

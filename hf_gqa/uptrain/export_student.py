@@ -15,10 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from ..convert.bundle_code import foreign_code, runtime_sha256
 from ..convert.donor_folder import carry_files
+from ..convert.fresh_process import first_output, probe_inputs
 from ..convert.manifest import MANIFEST_FILE, Manifest
+from ..evaluating import evaluating
+from ..reading import read_json
 from ..refusal import Refusal
 from ..staging import staged_folder
 from .lora import merged_into_stored
+
+
+MERGED = {8: 1e-4, 4: 1e-3, 2: 5e-2}  # difference that merging may make, of the largest logit, by bytes of a weight
 
 
 def export_student(
@@ -47,7 +53,10 @@ def export_student(
         also: writes further files into the folder before it appears.
         writes: False in processes that only take part in gathering.
     """
-    model = without_adapters(model, source, dtype)
+    check_exportable(model)
+    trained, model = model, without_adapters(model, source, dtype)
+    if model is not trained:
+        _check_merged(trained, model)
     state = model.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -78,10 +87,54 @@ def export_student(
 def _manifest_of(source: Path, student: Path, uptraining: dict) -> Manifest:
     """That of the source, and of the code that was saved if it is the code of this hf_gqa."""
     manifest = replace(Manifest.read(source), uptraining=uptraining)
-    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    config = read_json(student / "config.json")
     if manifest.export != "bundle" or foreign_code(student, config):
         return manifest
     return replace(manifest, code_sha256=runtime_sha256(config["model_type"]))
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Refuse, before it is trained, a model whose adapters cannot become weights of an ordinary checkpoint.
+
+    Raises:
+        Refusal: they are tokens and no weights, or they change a weight that is another module's too.
+    """
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        raise Refusal(
+            "export: prompts and prefixes are tokens that a model is asked with, no weights that could be merged. Train a LoRA, "
+            "or without export_dir and save the adapter."
+        )
+    if not hasattr(model, "merge_and_unload"):
+        return
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules(remove_duplicate=False):
+        adapted = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        for parameter in () if adapted is None else adapted.parameters(recurse=False):
+            others = [name for name in names[id(parameter)] if not name.startswith(f"{path}.")]
+            if others:
+                raise Refusal(
+                    f"export: the adapter on '{path}' cannot be merged: its weight is '{others[0]}' too, which would change with "
+                    f"it. Leave '{path.rpartition('.')[2]}' out of the adapter's targets and modules to save, or untie the two."
+                )
+
+
+@torch.no_grad()
+def _check_merged(trained: nn.Module, merged: nn.Module) -> None:
+    """Refuse to write a model that computes something else than the one that was trained. Merging into rounded weights may."""
+    if getattr(trained, "is_quantized", False):
+        return
+    asked = probe_inputs(merged.config)
+    with evaluating(trained), evaluating(merged):
+        given = {name: tensor.to(next(trained.parameters()).device) for name, tensor in asked.items()}
+        wanted, found = first_output(trained(**given)).cpu(), first_output(merged(**asked))
+    difference, largest = (wanted - found).abs().max(), wanted.abs().max()
+    if not difference <= MERGED[merged.dtype.itemsize] * largest:
+        raise Refusal(
+            f"export: with its adapters merged the model computes something else than it was trained to (largest difference "
+            f"{difference:.2g} of {largest:.2g}). Checkpoints are kept: load one and save its adapter with save_pretrained."
+        )
 
 
 def without_adapters(model: nn.Module, source: Path | None, dtype: torch.dtype | None) -> nn.Module:
@@ -131,7 +184,7 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _correct_config(path: Path, dtype: torch.dtype | None) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config["use_cache"] = True
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")

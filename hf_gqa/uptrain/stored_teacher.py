@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 
+from ..reading import read_json
 from ..refusal import Refusal
 
 
@@ -90,8 +91,8 @@ def read_settings(folder: Path) -> TeacherLogitsSettings:
     file = folder / SETTINGS_FILE
     if not file.is_file():
         raise Refusal(f"{folder}: holds no {SETTINGS_FILE}. Write the teacher's logits there first.")
+    read = read_json(file, "Write the teacher's logits into a new folder.")
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
         if read["format"] != FORMAT:
             raise ValueError(f"format = {read['format']!r}, expected {FORMAT!r}")
         return TeacherLogitsSettings(**read)

@@ -1,6 +1,5 @@
 """Where a donor's tensors come from: a folder of safetensors, read lazily, or a model in memory."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..reading import read_json
 from ..refusal import Refusal
 
 
@@ -98,11 +98,14 @@ class Checkpoint:
                     f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
                 )
             raise Refusal(f"{self.folder}: no weights. Expected {SINGLE_FILE} or {INDEX_FILE} with its shards.")
+        listed = read_json(index, "Download the donor again.")
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = listed["weight_map"]
             files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise Refusal(f"{index}: not an index ({error!r}). Expected an object with 'weight_map'.") from None
+        if not isinstance(listed.get("metadata", {}), dict):  # which transformers would stumble over
+            raise Refusal(f"{index}: 'metadata' is no object. Download the donor again, or leave it out.")
         if not files:
             raise Refusal(f"{index}: 'weight_map' is empty. Download the donor again.")
         for file in files:

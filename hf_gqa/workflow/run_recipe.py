@@ -22,9 +22,10 @@ from ..export.explanation import explain
 from ..export.licence import find_licence, licence_of_donor
 from ..export.model_card import make_card, write_card
 from ..export.write_student import convert_checkpoint
+from ..reading import read_yaml
 from ..recipe import Recipe, check_keys
 from ..refusal import Refusal
-from ..staging import check_apart
+from ..staging import check_apart, replace_file
 from ..uptrain.recipe import UptrainRecipe
 from ..uptrain.run import UptrainRun
 
@@ -133,7 +134,7 @@ class Run:
             discard(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-        (self.folder / RECIPE_FILE).write_text(text, encoding="utf-8")
+        replace_file(self.folder / RECIPE_FILE, text)
         converted = self.folder / (CONVERTED if self.recipe.uptrain else STUDENT)
         if not converted.exists():
             self.announce("convert", self.conversion)
@@ -193,7 +194,8 @@ def check_earlier_run(folder: Path, recipe: dict, resume: bool, overwrite: bool)
     if not (resume or overwrite) and earlier.is_file():
         raise Refusal(f"{folder}: holds an earlier run. Use --resume to go on with it, or --overwrite to discard it.")
     if resume:
-        found = yaml.safe_load(earlier.read_text(encoding="utf-8"))
+        found = read_yaml(earlier, "Use --overwrite to discard the run.")
+        found = found if isinstance(found, dict) else {}
         different = sorted(
             key for key in recipe.keys() | found.keys() if key != "output_dir" and recipe.get(key) != found.get(key)
         )

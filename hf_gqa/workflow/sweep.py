@@ -18,6 +18,7 @@ from ..evaluate.report import Report
 from ..evaluate.write_report import write_report
 from ..export.calibration_text import make_calibration
 from ..export.write_student import convert_checkpoint
+from ..reading import read_json
 from ..refusal import Refusal
 from ..staging import check_apart, replace_file
 from ..uptrain.recipe import UptrainRecipe
@@ -137,7 +138,7 @@ class Sweep:
             raise Refusal(f"{self.output}: exists and no sweep wrote it. Give another output.")
         if overwrite:
             shutil.rmtree(self.output / PLANS, ignore_errors=True)
-        elif recipe_file.is_file() and json.loads(recipe_file.read_text(encoding="utf-8")) != self.recipe:
+        elif recipe_file.is_file() and read_json(recipe_file, "Use --overwrite.") != self.recipe:
             raise Refusal(
                 f"{self.output}: holds a sweep with another donor, text or uptraining. Give another output, or --overwrite."
             )
@@ -145,7 +146,7 @@ class Sweep:
     def __call__(self) -> SweepTable:
         """Run every plan that has no report yet; the table and the plot are written anew after each."""
         (self.output / PLANS).mkdir(parents=True, exist_ok=True)
-        (self.output / PLANS / "recipe.json").write_text(json.dumps(self.recipe, indent=2) + "\n", encoding="utf-8")
+        replace_file(self.output / PLANS / "recipe.json", json.dumps(self.recipe, indent=2) + "\n")
         reports, table = {}, None
         for number, (name, plan) in enumerate(self.plans.items(), 1):
             self.announce(name, number, len(self.plans))

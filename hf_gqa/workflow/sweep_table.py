@@ -13,6 +13,7 @@ from ..convert.manifest import donor_identity
 from ..convert.plan import ConversionPlan
 from ..evaluate.from_json import value_of
 from ..evaluate.report import Interval, ModelFacts, Report, Speed
+from ..reading import read_json
 from ..refusal import Refusal
 
 
@@ -87,10 +88,7 @@ class SweepTable:
         """Of a `sweep.json`, or of a folder that holds one."""
         path = Path(path).expanduser()
         path = path / SWEEP_FILE if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise Refusal(f"{path}: no readable sweep ({error}). Make one with hf-gqa sweep.") from None
+        values = read_json(path, "Make a sweep with hf-gqa sweep.")
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise Refusal(f"{path}: is no sweep of format {FORMAT}. Make one with this hf-gqa sweep.")
         return value_of(cls, values, str(path))
