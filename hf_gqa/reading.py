@@ -47,16 +47,16 @@ def read_yaml(path: Path, cure: str = "Correct it."):
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """Raises ValueError for what is no plain file of at most `most_bytes`, or not UTF-8; OSError from the system is one."""
+    """Raises ValueError for what is missing, no plain file of at most `most_bytes`, or not UTF-8; OSError if reading fails."""
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no plain file")
-        if found.st_size > most_bytes:
-            raise ValueError(f"it has {found.st_size:,} bytes, and {most_bytes:,} are read at most")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(error.strerror or str(error)) from None
+    except FileNotFoundError as error:
+        raise ValueError(error.strerror) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no plain file")
+    if found.st_size > most_bytes:
+        raise ValueError(f"it has {found.st_size:,} bytes, and {most_bytes:,} are read at most")
+    return path.read_text(encoding="utf-8")
 
 
 class _UniqueKeys(yaml.SafeLoader):

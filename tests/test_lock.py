@@ -1,9 +1,10 @@
 """What the lock files pin: everything, exactly, and nothing that only one machine can find."""
 
+import json
 import re
+import subprocess
 import sys
 import tomllib
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,12 @@ def test_installed_is_what_the_lock_says():
     lock = Path(sys.prefix) / "locked"  # written by the Makefile once all of it is installed
     if not lock.is_file():
         pytest.skip(f"{sys.prefix} was not installed from a lock; `make test` makes an environment that is")
-    installed = {normalised(found.name): found.version.partition("+")[0] for found in distributions()}
+    # in a process of its own: setuptools, once imported, shows packages that it carries as if they were installed
+    listing = "from importlib.metadata import distributions as d; import json; print(json.dumps([[p.name, p.version] for p in d()]))"
+    listed = json.loads(
+        subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout
+    )
+    installed = {normalised(name): version.partition("+")[0] for name, version in listed}
     assert not_as_locked(pins_in(lock.read_text(encoding="utf-8")), installed) == [], "`make clean` and begin anew"
 
 

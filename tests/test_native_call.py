@@ -18,6 +18,7 @@ from hf_gqa.convert.families import FAMILIES, load_family
 from hf_gqa.runtime import native_call
 from hf_gqa.runtime.native_call import NativeCall, cache_argument, with_cache
 
+from . import warm_process
 from .seq2seq_donors import encoder_inputs, seq2seq_donor
 from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, SEQ2SEQ_TYPES, tiny_donor, tokens_and_mask
 
@@ -94,17 +95,26 @@ def test_family_that_is_refused_leaves_the_others_alone(monkeypatch):
     assert FAMILIES.module("llama")
 
 
-def test_bundle_is_refused_when_its_code_is_imported(monkeypatch, tmp_path):
-    from transformers.models.llama import modeling_llama
+LOADED_LATER = """
+import inspect, sys
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+signature = inspect.signature(LlamaAttention.forward)
+names = {"cache": sys.argv[2], "past_key_values": sys.argv[2]}
+LlamaAttention.forward.__signature__ = signature.replace(
+    parameters=[p.replace(name=names.get(p.name, p.name)) for p in signature.parameters.values()]
+)
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+
+
+def test_bundle_is_refused_when_its_code_is_imported(tmp_path):
     bundle("llama").save_pretrained(tmp_path / "published")
-    config = json.loads((tmp_path / "published" / "config.json").read_text())
-    config["model_type"] = "published"  # so that the class of the hf_gqa that is here does not take its place
-    (tmp_path / "published" / "config.json").write_text(json.dumps(config))
-    renamed = with_renamed(modeling_llama.LlamaAttention, cache_argument(modeling_llama.LlamaAttention.forward))
-    monkeypatch.setattr(modeling_llama, "LlamaAttention", renamed)
-    with pytest.raises(ImportError, match=rf"takes? .*{LATER}"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "published", trust_remote_code=True)
+    done = warm_process.run(
+        ["-c", LOADED_LATER, str(tmp_path / "published"), LATER], tmp_path, HF_MODULES_CACHE=str(tmp_path)
+    )
+    assert done.returncode and re.search(rf"ImportError: GQALlamaAttention: .* does not take .*{LATER}", done.stderr)
 
 
 def test_cache_under_another_name_is_not_swallowed():
@@ -218,6 +228,7 @@ def test_outside_the_range_it_warns_once(monkeypatch, caplog):
     native_call.logger.warning_once.__func__.cache_clear()
     monkeypatch.setattr(transformers, "__version__", "9.9.9")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(native_call.logger, "disabled", False)  # as libraries that set logging up leave it
     caplog.set_level(logging.WARNING, logger="transformers")
     for _ in range(2):
         bundle("llama")

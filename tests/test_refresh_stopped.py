@@ -50,7 +50,7 @@ def without_exchange():
         raise OSError("not to be had here")
 
     ctypes.CDLL = refuse
-    on_call(os, "rename", 2, kill)
+    on_call(os, "rename", 4, kill)
 
 
 MOMENTS = {

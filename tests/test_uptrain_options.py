@@ -111,7 +111,7 @@ def test_key_that_stands_twice_is_refused(text, key, tmp_path):
     ):
         UptrainRecipe.read(file)
     asked = ["convert", "donor", tmp_path / "out", "--plan", file]
-    assert_one_message(run_cli(*asked), 2, f"--plan {file}: not YAML (the key '{key}' stands there twice")
+    assert_one_message(run_cli(*asked), 2, f"{file}: not a readable YAML file (the key '{key}' stands there twice")
 
 
 def test_merged_keys_are_no_second_ones(tmp_path):

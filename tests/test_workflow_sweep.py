@@ -179,5 +179,5 @@ def test_other_folders_and_other_sweeps_are_kept(swept, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 7}'])
 def test_what_is_no_sweep_is_refused(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(Refusal, match=r"(no readable sweep|is no sweep of format 2).* Make one with"):
+    with pytest.raises(Refusal, match=r"(not readable JSON|is no sweep of format 2).* Make (a sweep|one) with"):
         SweepTable.read(tmp_path)

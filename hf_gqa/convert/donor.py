@@ -13,6 +13,7 @@ from ..reading import read_json
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout, AttentionSite, attention_sites
 from ..weights.checkpoint import Checkpoint, StateDict
+from ..weights.rotation import rotation_of
 from .bundle_code import foreign_code
 from .composites import Composite, composite_of
 from .donor_folder import check_no_adapter, locate
@@ -239,6 +240,7 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
             f"{where}: {model_class.__name__} cannot be built from its configuration ({error!r}). Correct it."
         ) from None
     check_is_whole(where, model, family)
+    _check_rotation(where, config, layout)
     dropped, as_published = check_tensors(where, model, family, composite, tensors)
     return Donor(
         name=name,
@@ -255,6 +257,18 @@ def _checked_donor(name, folder, revision, model_config, raw, family, model_clas
         dropped=dropped,
         as_published=as_published,
     )
+
+
+def _check_rotation(where: str, config: PretrainedConfig, layout: AttentionLayout) -> None:
+    """Refuse fields that the native class does not look at, and a conversion would stumble over."""
+    for site in attention_sites(layout, config):
+        try:
+            rotation_of(layout, config, site.head_dim, site.layer_idx)
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise Refusal(
+                f"{where}: what its configuration says of rotary positions cannot be read ({error}). Correct the fields "
+                f"rope_parameters, partial_rotary_factor, rotary_dim and layer_types, or leave them out."
+            ) from None
 
 
 def _check_is_encoder(where: str, config: PretrainedConfig, layout: AttentionLayout) -> None:

@@ -58,9 +58,12 @@ class Manifest:
     code_sha256: dict | None = None
     refreshed: list[dict] | None = None
 
+    def to_dict(self) -> dict:
+        """As it is on disk."""
+        return {key: value for key, value in asdict(self).items() if not (key in LEFT_OUT_IF_NONE and value is None)}
+
     def write(self, folder: Path) -> None:
-        values = {key: value for key, value in asdict(self).items() if not (key in LEFT_OUT_IF_NONE and value is None)}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
     @classmethod

@@ -56,9 +56,20 @@ def check_tensors(
             f"{where}: '{unknown[0]}' is no tensor of {type(model).__name__} ({len(unknown)} such tensors). "
             f"Load the donor with its own class and save it again, so that only its tensors remain."
         )
-    tied = {plain(name) for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    pairs = {plain(a): plain(b) for a, b in (getattr(model, "all_tied_weights_keys", None) or {}).items()}
+    tied = pairs.keys() | {
+        other for name, other in pairs.items() if name in stored
+    }  # one of two that are one is enough
     computed = re.compile("|".join(map(plain, model._keys_to_ignore_on_load_missing or ())) or r"(?!)")
     missing = [name for name in sorted(expected.keys() - stored.keys() - tied) if not computed.search(name)]
+    _check_missing(where, model, missing)
+    for name, shape in expected.items():
+        if name in stored:
+            _check_tensor(where, stored[name], shape, tensors)
+    return frozenset(stored[name] for name in extra), expected.keys() != layouts[0].keys()
+
+
+def _check_missing(where: str, model: PreTrainedModel, missing: list[str]) -> None:
     if missing and all(name.startswith("pooler.") for name in missing):
         raise Refusal(
             f"{where}: has no pooler, which AutoModel would make up anew at every load. Load it once with AutoModel and save it "
@@ -69,10 +80,6 @@ def check_tensors(
             f"{where}: '{missing[0]}' of {type(model).__name__} is missing ({len(missing)} such tensors). "
             f"Download the donor again."
         )
-    for name, shape in expected.items():
-        if name in stored:
-            _check_tensor(where, stored[name], shape, tensors)
-    return frozenset(stored[name] for name in extra), expected.keys() != layouts[0].keys()
 
 
 def _check_tensor(where: str, name: str, shape: tuple[int, ...], tensors: Checkpoint | StateDict) -> None:

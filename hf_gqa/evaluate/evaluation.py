@@ -1,7 +1,7 @@
 """From a student and its donor on disk to a report."""
 
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import get_origin
 
@@ -105,7 +105,7 @@ class Evaluation:
             student=self._facts(pair.student, pair.student_name, pair.opened_student.folder, found.student),
             text=found.text,
             settings=settings(self.recipe, pair.student),
-            conversion=asdict(manifest) if manifest is not None else None,
+            conversion=manifest.to_dict() if manifest is not None else None,
             recipe=None,
             command=self.command(),
             notes=(*pair.notes, *found.notes, *self.failed),

@@ -62,9 +62,7 @@ def export_student(
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not writes:
         return
-    first = {}  # sharded, what is one parameter under several names was gathered once for each
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        state[name] = state[first.setdefault(id(parameter), name)]
+    state = _once_each(model, state)
     if dtype is not None:
         state = cast(state, dtype)
     with staged_folder(output, overwrite) as staging:
@@ -82,6 +80,13 @@ def export_student(
         if source is not None and (source / MANIFEST_FILE).is_file():
             _manifest_of(source, staging, uptraining).write(staging)
         also(staging)
+
+
+def _once_each(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sharded, what is one parameter under several names was gathered once for each."""
+    first: dict[int, str] = {}
+    once = {n: state[first.setdefault(id(p), n)] for n, p in model.named_parameters(remove_duplicate=False)}
+    return state | once
 
 
 def _manifest_of(source: Path, student: Path, uptraining: dict) -> Manifest:
