@@ -67,6 +67,26 @@ def test_from_donor_to_card_and_not_twice(tmp_path, monkeypatch):
     assert_one_message(run_cli("run", other, "--resume"), 2, "was made with another 'convert'", "--overwrite")
 
 
+def test_only_what_a_change_concerns_is_done_again(tmp_path):
+    def stages_of(changes, **how) -> list[str]:
+        stages = []
+        Run(read_run_recipe(write(tmp_path, **changes)), announce=lambda stage, facts: stages.append(stage), **how)()
+        return stages
+
+    assert stages_of({}) == ["convert", "uptrain", "evaluate", "card"]
+    evaluated = {"evaluate": EVALUATE | {"seed": 5}}
+    assert stages_of(evaluated, resume=True) == ["evaluate", "card"]
+    assert Report.read(tmp_path / "out/report").recipe["evaluate"]["seed"] == 5
+    trained = evaluated | {"uptrain": UPTRAIN | {"seed": 5}}
+    with pytest.raises(
+        Refusal, match=r"was made with another 'uptrain' .* add --overwrite to do uptraining and evaluation ag"
+    ):
+        stages_of(trained, resume=True)
+    assert stages_of(trained, resume=True, overwrite=True) == ["uptrain", "evaluate", "card"]
+    assert stages_of(trained, resume=True) == ["card"]
+    assert stages_of(trained | {"convert": {"num_key_value_heads": 4}}, resume=True, overwrite=True)[0] == "convert"
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     path, out = write(tmp_path), tmp_path / "out"
 
@@ -134,9 +154,26 @@ def test_round_trip_is_exact(tmp_path):
         ({"donor": 5}, "donor = 5 names nothing. Give a folder."),
         ({"donor": "/nowhere"}, "/nowhere: no such folder."),
         ({"donor": ""}, "donor = '' names nothing. Give a folder."),
+        ({"evaluate": {"text": ["/dev/zero"]}}, "/dev/zero: is no file and no folder. Check train_file."),
+        ({"evaluate": {"text": ["/nowhere.txt"]}}, "/nowhere.txt: is no file and no folder."),
+        (
+            {"evaluate": EVALUATE | {"context_length": 100_000_000_000}},
+            "context_length = 100,000,000,000: the models have",
+        ),
+        ({"evaluate": EVALUATE | {"device": "cuda:99"}}, "device = 'cuda:99' is not to be had"),
+        ({"evaluate": EVALUATE | {"tasks": ["no_such_task"]}}, "no_such_task"),
+        ({"evaluate": EVALUATE | {"memory": ["much"]}}, "much"),
+        ({"uptrain": {"budget_tokens": 5, "train_file": ["/nowhere.txt"]}}, "/nowhere.txt: is no file and no folder."),
+        ({"uptrain": UPTRAIN | {"eval_tokens": None, "eval_file": ["/nowhere.txt"]}}, "/nowhere.txt: is no file and no folder."),
+        (
+            {"uptrain": UPTRAIN | {"sequence_length": 10**9}},
+            "sequence_length = 1,000,000,000: the donor has positions for",
+        ),
+        ({"calibration": ["/nowhere.txt"]}, "calibration: /nowhere.txt: no such file. Check its path."),
     ],
 )
 def test_bad_recipes_make_nothing(tmp_path, changes, message):
+    """Whatever stage it is that would fail: none begins."""
     assert_one_message(run_cli("run", write(tmp_path, **changes)), 2, message)
     assert names_in(tmp_path) == {"recipe.yaml"}
 

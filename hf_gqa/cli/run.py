@@ -19,8 +19,12 @@ def run(
     recipe: Path = typer.Argument(..., help="YAML with donor, output_dir, convert, evaluate, and perhaps uptrain."),
     output_dir: str = typer.Option(None, help="Folder for all that is made; wins over the recipe's."),
     donor: str = typer.Option(None, help="Folder or Hub repository; wins over the recipe's."),
-    resume: bool = typer.Option(False, "--resume", help="Go on with an earlier run of the same recipe."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Discard an earlier run."),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with an earlier run; a changed evaluation is done again."
+    ),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Discard an earlier run; with --resume only what its recipe no longer asks for."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe, explain the conversion, do nothing."),
     json: Json = False,
 ) -> None:

@@ -146,6 +146,14 @@ def _builder_hash(source: TextSource) -> str:
         raise unreadable(source.dataset_name, source, error) from None
 
 
+def check_source(source: TextSource) -> None:
+    """Raises the Refusal that reading would begin with for files; a dataset on the Hub is not asked for."""
+    if source.train_file:
+        _files(source)
+    elif Path(source.dataset_name).exists() and not Path(source.dataset_name).is_dir():
+        raise Refusal(f"{source.dataset_name}: is a file, not the folder of a dataset. Give it as text instead.")
+
+
 def _files(source: TextSource) -> list[Path]:
     files = []
     for path in map(Path, source.train_file):

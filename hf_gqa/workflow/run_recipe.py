@@ -28,9 +28,18 @@ from ..refusal import Refusal
 from ..staging import check_apart, replace_file
 from ..uptrain.recipe import UptrainRecipe
 from ..uptrain.run import UptrainRun
+from .early import check_evaluation, check_uptraining
 
 
 RECIPE_FILE, CONVERTED, STUDENT, REPORT = "recipe.yaml", "converted", "student", "report"
+STAGES = "conversion", "uptraining", "evaluation"  # each depends on those before it
+STAGE_OF = {"uptrain": "uptraining", "evaluate": "evaluation"}  # by key of the recipe; all other keys are of the first
+# Where nothing is uptrained, the conversion writes the student.
+MADE_BY = {
+    "conversion": (CONVERTED, STUDENT),
+    "uptraining": (STUDENT, f"{STUDENT}.unfinished"),
+    "evaluation": (REPORT,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +134,19 @@ class Run:
         self.folder = Path(recipe.output_dir).expanduser()
         self.donor: Donor = open_donor(recipe.donor, revision=recipe.revision)
         check_apart(self.folder, self.donor.folder, "donor")
-        check_earlier_run(self.folder, recipe.to_dict(), resume, overwrite)
+        self.stale = stages_to_do_again(self.folder, recipe.to_dict(), resume, overwrite)
         self.conversion = explain(self.donor, recipe.convert, choose_target(self.donor, recipe.convert))
+        check_evaluation(recipe.evaluate, self.donor)
+        if recipe.uptrain is not None:
+            check_uptraining(recipe.uptrain, self.donor)
+        for file in recipe.calibration:
+            if not Path(file).expanduser().exists():
+                raise Refusal(f"calibration: {file}: no such file. Check its path.")
 
     def __call__(self) -> Report:
         """Convert, uptrain, evaluate, and write the card; what is there already is kept."""
-        if self.overwrite and self.folder.exists():
-            discard(self.folder)
+        if self.folder.exists():
+            discard(self.folder, self.stale)
         self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         replace_file(self.folder / RECIPE_FILE, text)
@@ -182,31 +197,43 @@ def calibration_of(
     return read(donor, files, DEFAULT_TOKENS if tokens is None else tokens)
 
 
-def check_earlier_run(folder: Path, recipe: dict, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something else than an earlier run, or one of another recipe to resume."""
+def stages_to_do_again(folder: Path, recipe: dict, resume: bool, overwrite: bool) -> tuple[str, ...]:
+    """What of an earlier run no longer is what the recipe asks for: a stage that it changed, and those after it.
+
+    With --resume a changed evaluation is done again; to lose a conversion or an uptraining takes --overwrite too, which by
+    itself loses everything.
+
+    Raises:
+        Refusal: the folder is not an earlier run's, or one was found and neither flag says what to do with it.
+    """
     if not folder.exists():
         if resume:
             raise Refusal(f"{folder}: no such folder, so there is nothing to resume. Run without --resume.")
-        return
+        return ()
     earlier = folder / RECIPE_FILE
     if not folder.is_dir() or (not earlier.is_file() and any(folder.iterdir())):
         raise Refusal(f"{folder}: exists and no run wrote it. Give another output_dir.")
-    if not (resume or overwrite) and earlier.is_file():
+    if not earlier.is_file():
+        return ()
+    if not resume and not overwrite:
         raise Refusal(f"{folder}: holds an earlier run. Use --resume to go on with it, or --overwrite to discard it.")
-    if resume:
-        found = read_yaml(earlier, "Use --overwrite to discard the run.")
-        found = found if isinstance(found, dict) else {}
-        different = sorted(
-            key for key in recipe.keys() | found.keys() if key != "output_dir" and recipe.get(key) != found.get(key)
+    if not resume:
+        return STAGES
+    found = read_yaml(earlier, "Use --overwrite to discard the run.")
+    found = found if isinstance(found, dict) else {}
+    changed = sorted(key for key in recipe.keys() | found.keys() if recipe.get(key) != found.get(key))
+    stages = [STAGE_OF.get(key, STAGES[0]) for key in changed if key != "output_dir"]
+    stale = STAGES[min(map(STAGES.index, stages)) :] if stages else ()
+    if stale and stale[0] != STAGES[-1] and not overwrite:
+        key = next(key for key in changed if STAGE_OF.get(key, STAGES[0]) == stale[0])
+        raise Refusal(
+            f"{earlier}: was made with another '{key}' ({json.dumps(found.get(key))[:120]}). Use that, or add --overwrite to do "
+            f"{' and '.join(stale)} again."
         )
-        if different:
-            raise Refusal(
-                f"{earlier}: was made with another '{different[0]}' ({json.dumps(found.get(different[0]))[:120]}). Use that, or "
-                f"--overwrite to discard the run."
-            )
+    return stale
 
 
-def discard(folder: Path) -> None:
-    """What a run made, and nothing else."""
-    for name in (CONVERTED, STUDENT, f"{STUDENT}.unfinished", REPORT):
+def discard(folder: Path, stages: Sequence[str]) -> None:
+    """What these stages made, and nothing else."""
+    for name in (name for stage in stages for name in MADE_BY[stage]):
         shutil.rmtree(folder / name, ignore_errors=True)
