@@ -1,5 +1,6 @@
 """What a recipe is: a frozen dataclass that checks its values when made, and round-trips exactly through YAML."""
 
+import re
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from .reading import read_yaml
 from .refusal import Refusal
 
 
+NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # no path may have the first, no file the others
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -77,6 +79,8 @@ def _plain(name: str, value, kinds: tuple[type, ...]):
     if float in kinds and isinstance(value, str):
         with suppress(ValueError):  # YAML reads 1e-4, without a dot, as text
             value = float(value)
+    if isinstance(value, str) and NO_TEXT.search(value):
+        raise Refusal(f"{name} = {value!r}: holds a character that no name or text has. Correct it, or leave it out.")
     fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     if not fits or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(WORDS[kind] for kind in kinds if kind in WORDS)

@@ -154,6 +154,10 @@ def test_round_trip_is_exact(tmp_path):
         ({"donor": 5}, "donor = 5 names nothing. Give a folder."),
         ({"donor": "/nowhere"}, "/nowhere: no such folder."),
         ({"donor": ""}, "donor = '' names nothing. Give a folder."),
+        ({"output_dir": "a\0b"}, "output_dir = 'a\\x00b': holds a character that no name or text has."),
+        ({"output_dir": "a\ud800b"}, "output_dir = 'a\\ud800b': holds a character that no name or text has."),
+        ({"convert": {7: 1, "heads": 3}}, "plan: unknown key '7'."),
+        ({"convert": {"layer_plan": [{7: 1, "heads": 3}]}}, "layer_plan: a row has the key num_key_value_heads"),
         ({"evaluate": {"text": ["/dev/zero"]}}, "/dev/zero: is no file and no folder. Check train_file."),
         ({"evaluate": {"text": ["/nowhere.txt"]}}, "/nowhere.txt: is no file and no folder."),
         (
@@ -164,7 +168,10 @@ def test_round_trip_is_exact(tmp_path):
         ({"evaluate": EVALUATE | {"tasks": ["no_such_task"]}}, "no_such_task"),
         ({"evaluate": EVALUATE | {"memory": ["much"]}}, "much"),
         ({"uptrain": {"budget_tokens": 5, "train_file": ["/nowhere.txt"]}}, "/nowhere.txt: is no file and no folder."),
-        ({"uptrain": UPTRAIN | {"eval_tokens": None, "eval_file": ["/nowhere.txt"]}}, "/nowhere.txt: is no file and no folder."),
+        (
+            {"uptrain": UPTRAIN | {"eval_tokens": None, "eval_file": ["/nowhere.txt"]}},
+            "/nowhere.txt: is no file and no folder.",
+        ),
         (
             {"uptrain": UPTRAIN | {"sequence_length": 10**9}},
             "sequence_length = 1,000,000,000: the donor has positions for",

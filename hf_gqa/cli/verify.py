@@ -7,6 +7,7 @@ import typer
 from ..convert.donor import open_donor
 from ..export.verify import TOLERANCE
 from ..export.verify import verify as run_checks
+from ..refusal import shown
 from .options import Json, Revision, WeightsOnly
 from .printing import CHECK_FAILED, console, errors_as_messages, print_json
 
@@ -42,6 +43,6 @@ def verify(
         marks = {True: "ok    ", False: "FAILED", None: "not run"}
         for check in checks:
             style = "red" if check.passed is False else None
-            console().print(f"{marks[check.passed]} {check.name}: {check.detail}", style=style)
+            console().print(shown(f"{marks[check.passed]} {check.name}: {check.detail}"), style=style)
     if not passed:
         raise typer.Exit(CHECK_FAILED)

@@ -143,7 +143,7 @@ class ConversionPlan:
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict):
             raise Refusal(f"plan: got {values!r}, expected an object with keys of {', '.join(known)}.")
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise Refusal(f"plan: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
         if not {"num_key_value_heads", "sharing", "layer_plan"} & values.keys():

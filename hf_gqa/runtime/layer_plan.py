@@ -46,7 +46,7 @@ class LayerPlan:
     def from_dict(cls, row: dict) -> "LayerPlan":
         known = {field.name for field in fields(cls)}
         if not isinstance(row, dict) or not {"num_key_value_heads"} <= set(row) <= known:
-            got = sorted(row) if isinstance(row, dict) else row
+            got = sorted(map(str, row)) if isinstance(row, dict) else row
             optional = ", ".join(sorted(known - {"num_key_value_heads"}))
             raise ValueError(
                 f"layer_plan: a row has the key num_key_value_heads and may have {optional}; got {got}. "

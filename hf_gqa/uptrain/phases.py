@@ -157,7 +157,7 @@ def _from_dict(cls, values, where: str):
     known = [field.name for field in fields(cls)]
     if not isinstance(values, dict):
         raise Refusal(f"{where}: got {values!r}, expected an object with keys of {', '.join(known)}.")
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise Refusal(f"{where}: unknown key '{unknown[0]}'. Known: {', '.join(known)}.")
     try:

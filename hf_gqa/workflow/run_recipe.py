@@ -221,7 +221,7 @@ def stages_to_do_again(folder: Path, recipe: dict, resume: bool, overwrite: bool
         return STAGES
     found = read_yaml(earlier, "Use --overwrite to discard the run.")
     found = found if isinstance(found, dict) else {}
-    changed = sorted(key for key in recipe.keys() | found.keys() if recipe.get(key) != found.get(key))
+    changed = sorted((key for key in recipe.keys() | found.keys() if recipe.get(key) != found.get(key)), key=str)
     stages = [STAGE_OF.get(key, STAGES[0]) for key in changed if key != "output_dir"]
     stale = STAGES[min(map(STAGES.index, stages)) :] if stages else ()
     if stale and stale[0] != STAGES[-1] and not overwrite:
