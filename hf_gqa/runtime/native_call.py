@@ -11,9 +11,13 @@ import inspect
 import torch
 import transformers
 from transformers import Cache, EncoderDecoderCache
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.utils import logging
 
+
+try:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+except ImportError:  # moved by a later release: then such a cache fails where it is updated
+    PagedAttentionCache = ()
 
 VERSION = "0.2.0"  # of the hf_gqa that this code belongs to
 TESTED_WITH = ("5.4.0", "5.24.0")  # oldest and newest transformers that this code was tested with
@@ -39,7 +43,7 @@ def is_tested(version: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """ "5.24.0.dev0" -> (5, 24, 0)."""
+    """The numbers of a version: 5, 24 and 0 of 5.24.0.dev0."""
     numbers = []
     for part in version.split(".")[:3]:
         if not part.isdigit():
@@ -119,9 +123,7 @@ class NativeCall:
             handed |= dict(zip(self.native_order, positional, strict=False))
         for name, native in self.handed_over.items():
             value = handed.pop(native, None)
-            if (
-                value is not None
-            ):  # before 5.24 a paged cache is called `cache` beside `past_key_values`, which is None then
+            if value is not None:  # a paged cache is `cache`, and before 5.24 beside it `past_key_values` is None
                 handed[name] = value
         for name, value in handed.items():
             if isinstance(value, Cache) and name not in self.handed_over:
