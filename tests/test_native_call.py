@@ -223,3 +223,31 @@ def test_outside_the_range_it_warns_once(monkeypatch, caplog):
         bundle("llama")
     said = list({id(record): record.message for record in caplog.records if "tested with" in record.message}.values())
     assert len(said) == 1 and "9.9.9 is installed" in said[0] and "hf-gqa refresh FOLDER" in said[0]
+
+
+old_name = pytest.mark.filterwarnings("ignore:.*past_key_values.* is deprecated")
+
+
+@old_name
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_cache_under_its_name_of_older_releases_is_the_same_cache(model_type):
+    """transformers 5.24 takes `past_key_values` for `cache`; what is left-padded shows a mask that was made without it."""
+    base, (tokens, mask) = bundle(model_type).base_model, tokens_and_mask()
+    cache = DynamicCache(config=base.config)
+    with torch.no_grad():
+        whole = base(tokens, attention_mask=mask, use_cache=False)[0]
+        base(tokens[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
+        last = base(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+    torch.testing.assert_close(last, whole[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+@old_name
+@pytest.mark.parametrize("model_type", ["falcon", "mpt"])
+def test_static_cache_under_its_name_of_older_releases_is_the_same_cache(model_type):
+    changes = {"alibi": True} if model_type == "falcon" else {}
+    base = convert(tiny_donor(model_type, **changes), export="bundle", num_key_value_heads=2).eval().base_model
+    cache, (tokens, mask) = StaticCache(config=base.config, max_cache_len=40), tokens_and_mask()
+    with torch.no_grad():
+        whole = base(tokens, attention_mask=mask, use_cache=False)[0]
+        cached = base(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+    torch.testing.assert_close(cached[mask.bool()], whole[mask.bool()], atol=1e-4, rtol=1e-4)

@@ -21,7 +21,7 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
-from .native_call import NativeCall, cache_argument
+from .native_call import NativeCall, cache_argument, cache_in
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -108,7 +108,7 @@ class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):
             inputs_embeds = self.wte(input_ids)
         eager = copy.copy(self.config)
         eager._attn_implementation = "eager"
-        cache = {MASK_CACHE: kwargs.get(MODEL_CACHE)}
+        cache = {MASK_CACHE: kwargs.get(MODEL_CACHE, cache_in(kwargs.values()))}
         mask = create_causal_mask(config=eager, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **cache)
         return super().forward(attention_mask=mask, inputs_embeds=inputs_embeds, **kwargs)
 
