@@ -5,6 +5,8 @@ import json
 import logging
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -251,3 +253,34 @@ def test_static_cache_under_its_name_of_older_releases_is_the_same_cache(model_t
         whole = base(tokens, attention_mask=mask, use_cache=False)[0]
         cached = base(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
     torch.testing.assert_close(cached[mask.bool()], whole[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_early_exit_is_no_cache_that_does_not_grow():
+    """Self-speculative decoding runs the first layers alone; the first whole forward is checked all the same."""
+    student, (tokens, _) = bundle("llama"), tokens_and_mask(batch=1)
+    wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    whole = student.generate(tokens, use_cache=False, **wanted)
+    student = bundle("llama")
+    assert torch.equal(student.generate(tokens, assistant_early_exit=1, **wanted), whole)
+    assert not student.model._forward_hooks
+
+
+def test_first_forwards_of_several_threads_are_told_apart():
+    """One fills a fresh cache while another reads a filled one."""
+    student, (tokens, _) = bundle("llama"), tokens_and_mask()
+    filled, entered, done = DynamicCache(config=student.config), threading.Event(), threading.Event()
+    bundle("llama")(tokens, **with_cache(student, filled))
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            done.wait(timeout=60)
+
+    student.model.norm.register_forward_hook(wait)
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(student, tokens, **with_cache(student, DynamicCache(config=student.config)))
+        entered.wait(timeout=60)
+        student(tokens[:, :3], **with_cache(student, filled) | {"use_cache": False})
+        done.set()
+        assert other.result().logits.shape[1] == tokens.shape[1]
+    assert not student.model._forward_hooks
