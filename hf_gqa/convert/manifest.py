@@ -70,7 +70,7 @@ class Manifest:
         known = ", ".join(field.name for field in fields(cls))
         try:
             manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise Refusal(f"{path}: not a manifest ({error}). Expected the keys {known}.") from None
         if manifest.format != FORMAT:
             raise Refusal(
@@ -96,6 +96,8 @@ class Manifest:
             raise ValueError(f"choice = {self.choice!r}")
         if not isinstance(self.code_sha256, dict | None):
             raise ValueError(f"code_sha256 = {self.code_sha256!r}")
+        if not all(isinstance(sha256, str) for sha256 in (self.code_sha256 or {}).values()):
+            raise ValueError(f"code_sha256 = {self.code_sha256!r}, expected a text for each file")
         self._check_refreshed()
         if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
             raise ValueError(f"donor = {self.donor!r}")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import transformers
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from ..convert.bundle_code import GENERATION_CODE, modified_code, runtime_files, runtime_sha256
 from ..convert.families import FAMILIES, Family, load_family
@@ -186,7 +186,7 @@ def _read_json(path: Path) -> dict:
         raise Refusal(f"{path}: missing, so the folder is no bundle. Give a folder that hf-gqa convert wrote.")
     try:
         found = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not JSON ({error}). Restore it from where the bundle came from.") from None
     if not isinstance(found, dict):
         raise Refusal(f"{path}: holds {type(found).__name__}, expected an object. Restore it.")
@@ -206,7 +206,7 @@ def _check_not_newer(folder: Path, config: dict, recorded: dict) -> None:
     try:
         stated = [_written_by(config, recorded), _written_by({}, recorded)]
         newest = max(Version(versions["hf_gqa"]) for versions in stated)
-    except (InvalidVersion, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):  # InvalidVersion is a ValueError
         raise Refusal(
             f"{folder}: neither {MANIFEST_FILE} nor {CONFIG_FILE} says which hf_gqa wrote it. Restore them from where the "
             f"bundle came from."
@@ -232,9 +232,10 @@ def _family(folder: Path, config: dict) -> Family:
 def _check_links(folder: Path) -> None:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        target = Path(os.path.realpath(path))  # which, unlike resolve, bears a link that leads to itself
+        if path.is_symlink() and not target.is_relative_to(folder.resolve()):
             raise Refusal(
-                f"{folder}: '{name}' is a link to {path.resolve()}, outside the bundle, as in the cache of the Hub. Copy the "
+                f"{folder}: '{name}' is a link to {target}, outside the bundle, as in the cache of the Hub. Copy the "
                 f"folder with what its links lead to (cp -rL), then refresh the copy."
             )
         if not (path.is_file() or path.is_dir()):
@@ -257,7 +258,7 @@ def _renamed_classes(folder: Path, config: dict, family: Family, model_class: st
             names.setdefault(where.rpartition(".")[2], now[key])
     architectures = config.get("architectures")
     for name in (model_class, *(architectures if isinstance(architectures, list) else ())):
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             raise Refusal(
                 f"{folder}: is a {name}, which hf_gqa {native_call.VERSION} does not have. Use one of {', '.join(names)}, or "
                 f"the hf_gqa that wrote it."
