@@ -17,11 +17,12 @@ import hf_gqa
 from hf_gqa import Refusal, convert
 from hf_gqa.convert.decoding import check_decoding
 from hf_gqa.convert.families import FAMILIES, load_family
+from hf_gqa.convert.fresh_process import probe
 from hf_gqa.runtime import native_call
 from hf_gqa.runtime.native_call import NativeCall, cache_argument, with_cache
 
 from .seq2seq_donors import encoder_inputs, seq2seq_donor
-from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, SEQ2SEQ_TYPES, tiny_donor, tokens_and_mask
+from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, SEQ2SEQ_TYPES, VOCAB_SIZE, tiny_donor, tokens_and_mask
 
 
 LATER = "key_value_store"  # what "the next release" calls the cache
@@ -194,6 +195,24 @@ def test_before_anything_expensive_a_model_that_decodes_wrongly_is_refused(monke
         check_decoding(student, "mine")
     with pytest.raises(Refusal, match=r"^mine: cannot decode from its cache \(.* did not grow by"):
         check_decoding(bundle("llama"), "mine")
+
+
+@pytest.mark.skipif("m2m_100" not in SEQ2SEQ_TYPES, reason="this transformers cannot configure it")
+def test_padding_among_the_tokens_is_no_wrong_decoding():
+    """M2M-100 gives padding no position, and counts a chunk's positions from the tokens of that chunk."""
+    padding = int(probe(VOCAB_SIZE)[0][0, 3])
+    donor = seq2seq_donor("m2m_100", pad_token_id=padding, max_position_embeddings=128)
+    check_decoding(convert(donor, export="bundle", num_key_value_heads=2).eval(), "mine")
+
+
+def test_decoding_is_checked_in_double_precision_too():
+    check_decoding(bundle("llama").double(), "mine")
+
+
+def test_model_with_fewer_positions_than_are_tried_is_refused_with_one_message():
+    student = convert(tiny_donor("opt", max_position_embeddings=16), export="bundle", num_key_value_heads=2)
+    with pytest.raises(Refusal, match=r"^mine: cannot decode from its cache \(index out of range"):
+        check_decoding(student.eval(), "mine")
 
 
 def test_a_bundle_says_what_it_was_tested_with(tmp_path):
