@@ -341,3 +341,14 @@ def test_report_of_before_is_a_report_of_the_same_student(bundle, tmp_path):
     edit_json(bundle / MANIFEST, uptraining={"tokens_seen": 1})
     with pytest.raises(Refusal, match="the report is of another student, or this one was trained since"):
         plan_push(bundle, "someone/bundle")
+
+
+def test_plan_that_another_run_has_carried_out_already(bundle, monkeypatch):
+    """Its manifest would tell of the same renewal twice."""
+    monkeypatch.setattr(refresh_module, "verify", lambda folder: [])
+    plan = refresh_module.plan_refresh(bundle)
+    refresh(bundle)
+    before = files_of(bundle)
+    with pytest.raises(Refusal, match=r"was changed meanwhile, so it was not refreshed\. Run hf-gqa refresh again"):
+        refresh_module.carry_out(plan)
+    assert files_of(bundle) == before and len(json.loads((bundle / MANIFEST).read_text())["refreshed"]) == 1

@@ -23,6 +23,7 @@ from .verify import Check, CheckFailed, verify
 
 
 CONFIG_FILE = "config.json"
+CHANGED = "{folder}: was changed meanwhile, so it was not refreshed. Run hf-gqa refresh again."
 OWN_PREFIX = "gqa_"  # of the model types of bundles
 OWN_KEY = "hf_gqa"  # of what the configuration says its code was tested with
 
@@ -142,6 +143,8 @@ def carry_out(plan: RefreshPlan) -> list[Check]:
         return []
     _check_replaceable(plan.folder)
     before = _listing(plan.folder)
+    if _file_changes(plan.folder, plan.model_type) != plan.files:  # by another run since the plan was made
+        raise Refusal(CHANGED.format(folder=plan.folder))
     with staged_folder(plan.folder, overwrite=True, keep_permissions=True) as staging:
         _write(plan, staging)
         checks = verify(staging)
@@ -152,7 +155,7 @@ def carry_out(plan: RefreshPlan) -> list[Check]:
                 f"{plan.folder}: not refreshed, a check failed: {failed[0].name} ({detail}). The folder is as it was."
             )
         if _listing(plan.folder) != before:
-            raise Refusal(f"{plan.folder}: was changed meanwhile, so it was not refreshed. Run hf-gqa refresh again.")
+            raise Refusal(CHANGED.format(folder=plan.folder))
     return checks
 
 
