@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,12 +16,13 @@ import hf_gqa
 from hf_gqa import Refusal, convert
 from hf_gqa.convert.decoding import check_decoding
 from hf_gqa.convert.families import FAMILIES, load_family
+from hf_gqa.convert.fresh_process import probe
 from hf_gqa.runtime import native_call
 from hf_gqa.runtime.native_call import NativeCall, cache_argument, with_cache
 
 from . import warm_process
 from .seq2seq_donors import encoder_inputs, seq2seq_donor
-from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, SEQ2SEQ_TYPES, tiny_donor, tokens_and_mask
+from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, SEQ2SEQ_TYPES, VOCAB_SIZE, tiny_donor, tokens_and_mask
 
 
 LATER = "key_value_store"  # what "the next release" calls the cache
@@ -203,6 +206,24 @@ def test_before_anything_expensive_a_model_that_decodes_wrongly_is_refused(monke
         check_decoding(bundle("llama"), "mine")
 
 
+@pytest.mark.skipif("m2m_100" not in SEQ2SEQ_TYPES, reason="this transformers cannot configure it")
+def test_padding_among_the_tokens_is_no_wrong_decoding():
+    """M2M-100 gives padding no position, and counts a chunk's positions from the tokens of that chunk."""
+    padding = int(probe(VOCAB_SIZE)[0][0, 3])
+    donor = seq2seq_donor("m2m_100", pad_token_id=padding, max_position_embeddings=128)
+    check_decoding(convert(donor, export="bundle", num_key_value_heads=2).eval(), "mine")
+
+
+def test_decoding_is_checked_in_double_precision_too():
+    check_decoding(bundle("llama").double(), "mine")
+
+
+def test_model_with_fewer_positions_than_are_tried_is_refused_with_one_message():
+    student = convert(tiny_donor("opt", max_position_embeddings=16), export="bundle", num_key_value_heads=2)
+    with pytest.raises(Refusal, match=r"^mine: cannot decode from its cache \(index out of range"):
+        check_decoding(student.eval(), "mine")
+
+
 def test_a_bundle_says_what_it_was_tested_with(tmp_path):
     """Also after three hops of loading and saving."""
     expected = {"version": hf_gqa.__version__, "transformers": list(native_call.TESTED_WITH)}
@@ -232,3 +253,62 @@ def test_outside_the_range_it_warns_once(monkeypatch):
     bundle("llama")
     bundle("gpt2")
     assert len(set(said)) == 1 and "9.9.9 is installed" in said[0] and "hf-gqa refresh FOLDER" in said[0]
+
+
+old_name = pytest.mark.filterwarnings("ignore:.*past_key_values.* is deprecated")
+
+
+@old_name
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_cache_under_its_name_of_older_releases_is_the_same_cache(model_type):
+    """transformers 5.24 takes `past_key_values` for `cache`; what is left-padded shows a mask that was made without it."""
+    base, (tokens, mask) = bundle(model_type).base_model, tokens_and_mask()
+    cache = DynamicCache(config=base.config)
+    with torch.no_grad():
+        whole = base(tokens, attention_mask=mask, use_cache=False)[0]
+        base(tokens[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
+        last = base(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+    torch.testing.assert_close(last, whole[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+@old_name
+@pytest.mark.parametrize("model_type", ["falcon", "mpt"])
+def test_static_cache_under_its_name_of_older_releases_is_the_same_cache(model_type):
+    changes = {"alibi": True} if model_type == "falcon" else {}
+    base = convert(tiny_donor(model_type, **changes), export="bundle", num_key_value_heads=2).eval().base_model
+    cache, (tokens, mask) = StaticCache(config=base.config, max_cache_len=40), tokens_and_mask()
+    with torch.no_grad():
+        whole = base(tokens, attention_mask=mask, use_cache=False)[0]
+        cached = base(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+    torch.testing.assert_close(cached[mask.bool()], whole[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_early_exit_is_no_cache_that_does_not_grow():
+    """Self-speculative decoding runs the first layers alone; the first whole forward is checked all the same."""
+    student, (tokens, _) = bundle("llama"), tokens_and_mask(batch=1)
+    wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    whole = student.generate(tokens, use_cache=False, **wanted)
+    student = bundle("llama")
+    assert torch.equal(student.generate(tokens, assistant_early_exit=1, **wanted), whole)
+    assert not student.model._forward_hooks
+
+
+def test_first_forwards_of_several_threads_are_told_apart():
+    """One fills a fresh cache while another reads a filled one."""
+    student, (tokens, _) = bundle("llama"), tokens_and_mask()
+    filled, entered, done = DynamicCache(config=student.config), threading.Event(), threading.Event()
+    bundle("llama")(tokens, **with_cache(student, filled))
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            done.wait(timeout=60)
+
+    student.model.norm.register_forward_hook(wait)
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(student, tokens, **with_cache(student, DynamicCache(config=student.config)))
+        entered.wait(timeout=60)
+        student(tokens[:, :3], **with_cache(student, filled) | {"use_cache": False})
+        done.set()
+        assert other.result().logits.shape[1] == tokens.shape[1]
+    assert not student.model._forward_hooks

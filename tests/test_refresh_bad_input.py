@@ -101,6 +101,7 @@ def test_model_type_that_is_not_known(bundle):
     [
         ("{", "not readable JSON (Expecting property name"),
         ("[]", "holds list, expected an object"),
+        ("[" * 100_000, "not JSON (maximum recursion depth exceeded"),
         ('{"versions": {"hf_gqa": "0.1.0"}, "export": "bundle"}', "not a manifest ("),
         ("{}", "neither conversion_manifest.json nor config.json says which hf_gqa wrote it"),
     ],
@@ -121,6 +122,7 @@ def test_manifest_that_is_broken(bundle, text, words):
         {"refreshed": [{"to": {"hf_gqa": "0.1.0"}}]},
         {"refreshed": ["0.1.0"]},
         {"code_sha256": ["layer_plan.py"]},
+        {"code_sha256": {"layer_plan.py": ["0"]}},
         {"export": "native"},
         {"model_class": "GQALlamaForMusic"},
     ],
@@ -233,6 +235,29 @@ def test_links_that_lead_outside(bundle, tmp_path):
     assert_left_alone(bundle, f"'model.safetensors' is a link to {tmp_path / 'blob'}, outside the bundle", "cp -rL")
 
 
+def test_link_that_leads_to_itself(bundle):
+    (bundle / "loop").symlink_to("loop")
+    with pytest.raises(Refusal, match=r"'loop' is neither a file nor a folder\. Remove it\."):
+        refresh(bundle)
+
+
+@pytest.mark.parametrize("architectures", [[["GQALlamaForCausalLM"]], [{}], [1]], ids=str)
+def test_architectures_that_are_no_names(bundle, architectures):
+    edit_json(bundle / CONFIG, architectures=architectures)
+    assert_left_alone(bundle, f"is a {architectures[0]}, which hf_gqa", "does not have")
+
+
+def test_version_of_more_digits_than_a_number_may_have(bundle):
+    edit_json(bundle / CONFIG, hf_gqa={"version": "9" * 5000})
+    assert_left_alone(bundle, "says which hf_gqa wrote it")
+
+
+def test_configuration_that_is_nested_too_deeply(bundle):
+    text = (bundle / CONFIG).read_text()
+    (bundle / CONFIG).write_text(text.replace("{", '{"deep": ' + "[" * 100_000 + "]" * 100_000 + ",", 1))
+    assert_left_alone(bundle, "config.json: not JSON (maximum recursion depth exceeded")
+
+
 def test_what_is_no_file(bundle):
     os.mkfifo(bundle / "pipe")
     with pytest.raises(Refusal, match=r"'pipe' is neither a file nor a folder\. Remove it\."):
@@ -316,3 +341,14 @@ def test_report_of_before_is_a_report_of_the_same_student(bundle, tmp_path):
     edit_json(bundle / MANIFEST, uptraining={"tokens_seen": 1})
     with pytest.raises(Refusal, match="the report is of another student, or this one was trained since"):
         plan_push(bundle, "someone/bundle")
+
+
+def test_plan_that_another_run_has_carried_out_already(bundle, monkeypatch):
+    """Its manifest would tell of the same renewal twice."""
+    monkeypatch.setattr(refresh_module, "verify", lambda folder: [])
+    plan = refresh_module.plan_refresh(bundle)
+    refresh(bundle)
+    before = files_of(bundle)
+    with pytest.raises(Refusal, match=r"was changed meanwhile, so it was not refreshed\. Run hf-gqa refresh again"):
+        refresh_module.carry_out(plan)
+    assert files_of(bundle) == before and len(json.loads((bundle / MANIFEST).read_text())["refreshed"]) == 1

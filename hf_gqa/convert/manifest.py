@@ -101,6 +101,8 @@ class Manifest:
             raise ValueError(f"choice = {self.choice!r}")
         if not isinstance(self.code_sha256, dict | None):
             raise ValueError(f"code_sha256 = {self.code_sha256!r}")
+        if not all(isinstance(sha256, str) for sha256 in (self.code_sha256 or {}).values()):
+            raise ValueError(f"code_sha256 = {self.code_sha256!r}, expected a text for each file")
         self._check_refreshed()
         if not isinstance(self.donor, dict) or not {"revision", "weights_sha256"} <= self.donor.keys():
             raise ValueError(f"donor = {self.donor!r}")

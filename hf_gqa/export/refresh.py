@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import transformers
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from ..convert.bundle_code import GENERATION_CODE, modified_code, runtime_files, runtime_sha256
 from ..convert.families import FAMILIES, Family, load_family
@@ -24,6 +24,7 @@ from .verify import Check, CheckFailed, verify
 
 
 CONFIG_FILE = "config.json"
+CHANGED = "{folder}: was changed meanwhile, so it was not refreshed. Run hf-gqa refresh again."
 OWN_PREFIX = "gqa_"  # of the model types of bundles
 OWN_KEY = "hf_gqa"  # of what the configuration says its code was tested with
 
@@ -143,6 +144,8 @@ def carry_out(plan: RefreshPlan) -> list[Check]:
         return []
     _check_replaceable(plan.folder)
     before = _listing(plan.folder)
+    if _file_changes(plan.folder, plan.model_type) != plan.files:  # by another run since the plan was made
+        raise Refusal(CHANGED.format(folder=plan.folder))
     with staged_folder(plan.folder, overwrite=True, keep_permissions=True) as staging:
         _write(plan, staging)
         checks = verify(staging)
@@ -153,7 +156,7 @@ def carry_out(plan: RefreshPlan) -> list[Check]:
                 f"{plan.folder}: not refreshed, a check failed: {failed[0].name} ({detail}). The folder is as it was."
             )
         if _listing(plan.folder) != before:
-            raise Refusal(f"{plan.folder}: was changed meanwhile, so it was not refreshed. Run hf-gqa refresh again.")
+            raise Refusal(CHANGED.format(folder=plan.folder))
     return checks
 
 
@@ -204,7 +207,7 @@ def _check_not_newer(folder: Path, config: dict, recorded: dict) -> None:
     try:
         stated = [_written_by(config, recorded), _written_by({}, recorded)]
         newest = max(Version(versions["hf_gqa"]) for versions in stated)
-    except (InvalidVersion, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):  # InvalidVersion is a ValueError
         raise Refusal(
             f"{folder}: neither {MANIFEST_FILE} nor {CONFIG_FILE} says which hf_gqa wrote it. Restore them from where the "
             f"bundle came from."
@@ -230,9 +233,10 @@ def _family(folder: Path, config: dict) -> Family:
 def _check_links(folder: Path) -> None:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        target = Path(os.path.realpath(path))  # which, unlike resolve, bears a link that leads to itself
+        if path.is_symlink() and not target.is_relative_to(folder.resolve()):
             raise Refusal(
-                f"{folder}: '{name}' is a link to {path.resolve()}, outside the bundle, as in the cache of the Hub. Copy the "
+                f"{folder}: '{name}' is a link to {target}, outside the bundle, as in the cache of the Hub. Copy the "
                 f"folder with what its links lead to (cp -rL), then refresh the copy."
             )
         if not (path.is_file() or path.is_dir()):
@@ -255,7 +259,7 @@ def _renamed_classes(folder: Path, config: dict, family: Family, model_class: st
             names.setdefault(where.rpartition(".")[2], now[key])
     architectures = config.get("architectures")
     for name in (model_class, *(architectures if isinstance(architectures, list) else ())):
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             raise Refusal(
                 f"{folder}: is a {name}, which hf_gqa {native_call.VERSION} does not have. Use one of {', '.join(names)}, or "
                 f"the hf_gqa that wrote it."

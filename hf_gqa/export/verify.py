@@ -31,6 +31,8 @@ from .sharing_oracle import share_layers
 
 NOT_RUN = "Not run; read it, then use --trust-remote-code, or hf-gqa refresh if an older hf_gqa wrote it"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+# Of steps from the cache against one forward: sums are taken in another order, which experts' routing makes more of.
+CACHED_TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
 
 
 class CheckFailed(Refusal):
@@ -80,7 +82,7 @@ def verify(
         found, error = _load_in_fresh_process(folder, manifest, dtype, logits_file, Path(scratch))
         if error:
             return [*checks, Check(name="loads without hf_gqa", passed=False, detail=error)]
-        checks += _check_loaded(found, manifest, TOLERANCE[dtype])
+        checks += _check_loaded(found, manifest, CACHED_TOLERANCE[dtype])
         if donor is None:
             checks.append(Check(name="equals the donor's merged heads", passed=None, detail="no donor was given"))
         else:

@@ -22,7 +22,7 @@ from .attention_layout import AttentionLayout
 from .grouped_attention import NAME
 from .layer_plan import Rows
 from .linear_biases import padded
-from .native_call import NativeCall, cache_in
+from .native_call import NativeCall, cache_argument, cache_in
 from .planned_attention import PlannedAttention
 from .planned_model import BuiltEagerly, PlannedConfig, PlannedHead, PlannedModel
 
@@ -40,6 +40,9 @@ DONOR_LAYOUT = AttentionLayout(
     head_positions="alibi",
     position="RoPE or ALiBi",
 )
+
+
+MODEL_CACHE = cache_argument(FalconModel.forward)
 
 
 @strict
@@ -108,7 +111,7 @@ class GQAFalconModel(BuiltEagerly, PlannedModel, FalconModel):
     @functools.wraps(FalconModel.forward)  # for those who read its signature
     def forward(self, input_ids=None, *, attention_mask=None, inputs_embeds=None, **kwargs):
         """Linear biases are as long as the attention mask; keys are longer in a static cache."""
-        cache = cache_in(kwargs.values())
+        cache = kwargs.get(MODEL_CACHE, cache_in(kwargs.values()))
         if self.use_alibi and cache is not None:
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             length, before = cache.get_mask_sizes(tokens.shape[1], 0)[0], cache.get_seq_length()

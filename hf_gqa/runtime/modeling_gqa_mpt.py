@@ -39,7 +39,7 @@ DONOR_LAYOUT = AttentionLayout(
 )
 
 
-MASK_CACHE = cache_argument(create_causal_mask)
+MASK_CACHE, MODEL_CACHE = cache_argument(create_causal_mask), cache_argument(MptModel.forward)
 
 
 @strict
@@ -108,7 +108,7 @@ class GQAMptModel(BuiltEagerly, PlannedModel, MptModel):
             inputs_embeds = self.wte(input_ids)
         eager = copy.copy(self.config)
         eager._attn_implementation = "eager"
-        cache = {MASK_CACHE: cache_in(kwargs.values())}
+        cache = {MASK_CACHE: kwargs.get(MODEL_CACHE, cache_in(kwargs.values()))}
         mask = create_causal_mask(config=eager, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **cache)
         return super().forward(attention_mask=mask, inputs_embeds=inputs_embeds, **kwargs)
 

@@ -7,6 +7,7 @@ and the first forward that has a cache is checked.
 """
 
 import inspect
+import threading
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ NATIVE_NAMES = {
 }
 NOT_NEEDED = {"use_cache", "output_attentions", "position_ids", "cache_position", "hidden_states", "self"}
 logger = logging.get_logger("transformers.hf_gqa")
+_before = threading.local()  # lengths of the cache at the start of the guarded forward that this thread is in
 
 
 def tested_with() -> dict:
@@ -185,14 +187,15 @@ def update_paged(cache, key, value, layer_idx: int, handed: dict):
 def guard_cache(stack: torch.nn.Module, layers: dict[int, int]) -> None:
     """Check the first forward of a stack of blocks that has a cache: it must grow by the tokens that were given.
 
-    Outside of compilation. After that forward the check is gone.
+    Outside of compilation, and not while the stack is cut short (`assistant_early_exit` lowers `num_hidden_layers` for a
+    while). After that forward the check is gone.
 
     Args:
         stack: the module that hands its cache to its blocks.
         layers: those that keep keys and values, and their KV heads; nothing is checked without any.
     """
     if layers:
-        stack.guarded_layers = layers
+        stack.guarded_layers, stack.guarded_depth = layers, stack.config.num_hidden_layers
         stack.guards = (
             stack.register_forward_pre_hook(_remember_lengths, with_kwargs=True),
             stack.register_forward_hook(_check_growth, with_kwargs=True),
@@ -204,20 +207,18 @@ def _remember_lengths(stack, args, kwargs) -> None:
         cache = cache_in((*args, *kwargs.values()))
         if cache is not None:
             _check_heads(cache, stack.guarded_layers)
-        stack.lengths_before = None if cache is None else _lengths(cache, stack.guarded_layers)
+        _before.lengths = [0] * len(stack.guarded_layers) if cache is None else _lengths(cache, stack.guarded_layers)
 
 
 def _check_growth(stack, args, kwargs, output) -> None:
-    unused = (
-        stack.training or kwargs.get("use_cache", True) is False
-    )  # a cache that is handed over need not be used then
-    if torch.compiler.is_compiling() or unused:
+    if torch.compiler.is_compiling():
         return
+    before, unused = vars(_before).pop("lengths", None), stack.training or kwargs.get("use_cache", True) is False
     outputs = tuple(output.values()) if isinstance(output, dict) else output
-    cache = cache_in((*args, *kwargs.values())) or cache_in(outputs if isinstance(outputs, tuple) else ())
-    if cache is None:
+    cache = cache_in((*args, *kwargs.values(), *(outputs if isinstance(outputs, tuple) else ())))
+    # a cache that is handed over need not be used in training, or against use_cache
+    if cache is None or before is None or unused or stack.config.num_hidden_layers != stack.guarded_depth:
         return
-    before = stack.lengths_before or [0] * len(stack.guarded_layers)
     after, tokens = _lengths(cache, stack.guarded_layers), outputs[0].shape[1]
     stalled = [
         f"{layer_idx} ({old} to {new})"
