@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from ..evaluate.page_tables import (
+from ..evaluate.report import Report
+from ..evaluate.report.tables import (
     Rows,
     by_context_table,
     by_source_length_table,
@@ -14,8 +15,7 @@ from ..evaluate.page_tables import (
     speed_table,
     tasks_table,
 )
-from ..evaluate.report import Report
-from ..evaluate.verdict import verdict
+from ..evaluate.report.verdict import verdict
 from .printing import console
 
 

@@ -11,17 +11,17 @@ from ..convert.donor import Donor, open_donor
 from ..convert.model_kind import CAUSAL_LM, ENCODER, MASKED_LM, SEQ2SEQ
 from ..refusal import Refusal
 from ..text.source import keep_bars_on_terminals
-from .facts import model_facts, settings
-from .lm_eval_tasks import check_tasks
-from .measure_causal_lm import CausalLMMeasurement, folder_of_tasks
-from .measure_encoder import EncoderMeasurement
-from .measure_seq2seq import Seq2SeqMeasurement
-from .measured import Asked
-from .memory import parse_memory
-from .opened import Pair, open_pair
-from .peak_memory import peak_memory_bytes
+from .cost.memory import parse_memory
+from .cost.peak_memory import peak_memory_bytes
+from .inputs.opened import Pair, open_pair
+from .measuring.causal_lm import CausalLMMeasurement, folder_of_tasks
+from .measuring.encoder import EncoderMeasurement
+from .measuring.facts import model_facts, settings
+from .measuring.measured import Asked
+from .measuring.seq2seq import Seq2SeqMeasurement
 from .recipe import EvaluationRecipe
 from .report import FORMAT, ModelFacts, Report
+from .tasks.lm_eval_tasks import check_tasks
 
 
 MEASUREMENTS = {

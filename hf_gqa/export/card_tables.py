@@ -1,8 +1,8 @@
 """The tables of a card: the numbers of a report as Markdown, each formatted in one place."""
 
 from ..evaluate.report import Interval, ModelFacts, Report
-from ..evaluate.verdict import confidence
-from ..evaluate.words import words_of
+from ..evaluate.report.verdict import confidence
+from ..evaluate.report.words import words_of
 from ..human_units import heads_in_words, human_bytes, number, percent
 from .markdown import code, plain, table
 
