@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from ..report.tables import Rows
+from ..report.table import Cells
 
 
 # Control characters, lone halves of surrogate pairs, and what turns the direction of all that follows.
@@ -23,7 +23,7 @@ def element(tag: str, content: str, **attributes: str) -> str:
     return f"<{tag}{said}>{content}</{tag}>"
 
 
-def table(rows: Rows, caption: str) -> str:
+def table(rows: Cells, caption: str) -> str:
     """In a box of its own that scrolls sideways where the page is narrow; the first cell of a row names it."""
     head = "".join(element("th", text_of(cell), scope="col") if cell else "<td></td>" for cell in rows.header)
     body = "".join(element("tr", _cells(row)) for row in rows.rows)

@@ -8,18 +8,18 @@ import yaml
 from ...human_units import human_bytes, number, percent, times
 from ...refusal import Refusal
 from ..report import Continuation, Report
+from ..report.donor_and_student import quality_and_cost
+from ..report.forms import change
+from ..report.table import Cells, Table, caption_of, cells_of
 from ..report.tables import (
-    Rows,
-    by_context_table,
-    by_source_length_table,
-    capacity_table,
-    change,
-    encoding_speed_table,
-    main_table,
-    retrieval_table,
-    rouge_table,
-    speed_table,
-    tasks_table,
+    BY_CONTEXT,
+    BY_SOURCE_LENGTH,
+    CAPACITY,
+    ENCODING_SPEED,
+    RETRIEVAL,
+    ROUGE,
+    SPEED,
+    TASKS,
 )
 from ..report.verdict import verdict
 from ..report.words import words_of
@@ -74,7 +74,7 @@ def _summary(report: Report) -> str:
     return (
         element("p", text_of(verdict(report)), class_="verdict")
         + _figures(report)
-        + table(main_table(report), "Donor and student on the same text")
+        + table(quality_and_cost(report), "Donor and student on the same text")
         + notes
     )
 
@@ -101,6 +101,10 @@ def _figures(report: Report) -> str:
     return element("dl", shown, class_="figures")
 
 
+def _numbers(described: Table, report: Report) -> str:
+    return table(cells_of(described, report), caption_of(described, report))
+
+
 def _plots(keys: list[tuple[str, str, str]], plots: list[str]) -> str:
     """Beside one another where there is room, under what their marks mean."""
     if not plots:
@@ -114,17 +118,15 @@ def _plots(keys: list[tuple[str, str, str]], plots: list[str]) -> str:
 def _context(report: Report) -> str:
     if not report.by_context:
         return ""
-    caption = "Loss by tokens of context before the predicted token"
     keys = [DONOR_KEY, STUDENT_KEY, ("student", "▒", "interval of the difference"), ("third", "▲", "KL to the donor")]
     plots = _plots(keys, context_plots(report))
-    return section("Loss by context length", plots, details("The numbers", table(by_context_table(report), caption)))
+    return section("Loss by context length", plots, details("The numbers", _numbers(BY_CONTEXT, report)))
 
 
 def _by_source_length(report: Report) -> str:
     if not report.by_source_length:
         return ""
-    caption = "Loss of the targets by tokens of their source"
-    return section("Loss by length of the source", table(by_source_length_table(report), caption))
+    return section("Loss by length of the source", _numbers(BY_SOURCE_LENGTH, report))
 
 
 def _rouge(report: Report) -> str:
@@ -136,17 +138,14 @@ def _rouge(report: Report) -> str:
         f"What both write for {one.pairs:,} sources by {way}, stopped after {one.most_tokens:,} tokens, against the "
         "references; of several the one that fits best."
     )
-    return section(
-        "ROUGE", element("p", text_of(said)), table(rouge_table(report), "Mean F1, as rouge-score computes it")
-    )
+    return section("ROUGE", element("p", text_of(said)), _numbers(ROUGE, report))
 
 
 def _encoding_speed(report: Report) -> str:
     if not report.encoding_speed:
         return ""
     said = f"{_timing(report, max(row.repetitions for row in report.encoding_speed))}, of one forward pass."
-    numbers = table(encoding_speed_table(report), "Sequences per second")
-    return section("Speed of reading", element("p", text_of(said)), numbers)
+    return section("Speed of reading", element("p", text_of(said)), _numbers(ENCODING_SPEED, report))
 
 
 def _timing(report: Report, repetitions: int) -> str:
@@ -161,16 +160,14 @@ def _retrieval(report: Report) -> str:
     if not report.retrieval:
         return ""
     said = "Something is said once in the context and asked for at its end. Averages of loss do not show whether that works."
-    numbers = table(retrieval_table(report), "Answers by greedy decoding, and the loss of the right answer")
     plots = _plots([DONOR_KEY, STUDENT_KEY], retrieval_plots(report))
-    return section("Retrieval", element("p", said), plots, details("The numbers", numbers))
+    return section("Retrieval", element("p", said), plots, details("The numbers", _numbers(RETRIEVAL, report)))
 
 
 def _tasks(report: Report) -> str:
     if not report.tasks:
         return ""
-    numbers = table(tasks_table(report), "Scores ± standard error, as lm_eval computes them")
-    return section("Tasks", _plots([DONOR_KEY, STUDENT_KEY], task_plots(report)), numbers)
+    return section("Tasks", _plots([DONOR_KEY, STUDENT_KEY], task_plots(report)), _numbers(TASKS, report))
 
 
 def _speed(report: Report) -> str:
@@ -182,9 +179,8 @@ def _speed(report: Report) -> str:
         "else took time."
     )
     keys = [DONOR_KEY, STUDENT_KEY, ("third", "▲", "allowed by the bytes moved")]
-    numbers = table(speed_table(report), "Tokens per second of the whole batch, and seconds to the first token")
     plots = _plots(keys, speed_plots(report))
-    return section("Speed", element("p", text_of(said)), plots, details("The numbers", numbers))
+    return section("Speed", element("p", text_of(said)), plots, details("The numbers", _numbers(SPEED, report)))
 
 
 def _capacity(report: Report) -> str:
@@ -196,10 +192,8 @@ def _capacity(report: Report) -> str:
     if limit:
         said += f" The model itself takes at most {limit:,} tokens."
         keys.append(("third", "┆", "what the model takes"))
-    what = words_of(report).context.capitalize()
-    numbers = table(capacity_table(report), f"{what} that fits beside the weights, for each sequence of the batch")
     plots = _plots(keys, capacity_plots(report))
-    return section("Capacity", element("p", text_of(said)), plots, details("The numbers", numbers))
+    return section("Capacity", element("p", text_of(said)), plots, details("The numbers", _numbers(CAPACITY, report)))
 
 
 def _continuations(report: Report) -> str:
@@ -282,6 +276,6 @@ def _settings(report: Report) -> str:
     ]
     return section(
         "Text and settings",
-        table(Rows(("", "text"), of_text), "Text"),
-        table(Rows(("", "setting"), of_run), "Settings"),
+        table(Cells(("", "text"), of_text), "Text"),
+        table(Cells(("", "setting"), of_run), "Settings"),
     )

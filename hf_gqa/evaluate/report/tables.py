@@ -1,264 +1,193 @@
-"""The tables of a report as text, for the page and for the terminal."""
+"""The tables of a report, each described once: what its columns or rows say, and their names on page and card.
+
+Where the places differ in order, a column stands twice, once for each.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
-from ...human_units import heads_in_words, human_bytes, human_count, number, percent, times
-from .values import ContextLoss, Interval, ModelFacts, Report
-from .verdict import confidence
-from .words import words_of
-
-
-class Rows(NamedTuple):
-    """Cells are plain text from outside and from us: whoever shows them escapes them."""
-
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-def change(value: float) -> str:
-    return "0" if value == 0 else f"{value:+.3g}"
-
-
-def with_interval(interval: Interval | None, said: Callable[[float], str] = change) -> str:
-    if interval is None:
-        return "no interval"
-    return f"{said(interval.value)} ({said(interval.low)} to {said(interval.high)})"
-
-
-def main_table(report: Report) -> Rows:
-    """Donor, student, and their difference with its interval."""
-    header = ("", "donor", "student", f"difference ({confidence(report)} interval)")
-    return Rows(header, [*_quality_rows(report), *_cost_rows(report.donor, report.student)])
+from .forms import (
+    BYTES,
+    CHANGE,
+    CONTEXTS,
+    COUNT,
+    FITS,
+    NUMBER,
+    PRODUCT,
+    SCORE,
+    SECONDS,
+    SHARE,
+    SOURCES,
+    SPEEDUP,
+    TEXT,
+    THREE_DIGITS,
+    TIMES,
+    TWO_OF_THREE_DIGITS,
+    Difference,
+)
+from .table import CODE, NAME, Column, Table
 
 
-def _quality_rows(report: Report) -> list[tuple[str, ...]]:
-    return [*_loss_rows(report), *_embedding_rows(report)]
+def _less(donor: str, student: str) -> Callable[[Any], Difference]:
+    """Of a row, the student's field less the donor's."""
+    return lambda row: Difference(getattr(row, student) - getattr(row, donor), row.difference)
 
 
-def _loss_rows(report: Report) -> list[tuple[str, ...]]:
-    donor, student, differences = report.donor, report.student, report.differences
-    if donor.loss_nats_per_token is None:
-        return []
-    words = words_of(report)
-    loss, bits = differences.loss_nats_per_token, differences.bits_per_byte
-    kl, top1 = differences.kl_nats_per_token, differences.top1_agreement_fraction
-    rows = [
-        (
-            words.loss,
-            number(donor.loss_nats_per_token),
-            number(student.loss_nats_per_token),
-            _measured(student.loss_nats_per_token - donor.loss_nats_per_token, loss, change),
+LOSSES = (
+    Column("donor_loss_nats_per_token", NUMBER, page="donor", card="donor's loss"),
+    Column("student_loss_nats_per_token", NUMBER, page="student", card="student's loss"),
+    Column("kl_nats_per_token", NUMBER, card="KL"),
+    Column(
+        _less("donor_loss_nats_per_token", "student_loss_nats_per_token"),
+        CHANGE,
+        page="difference in nats per token",
+        card="difference of the losses",
+    ),
+    Column("kl_nats_per_token", THREE_DIGITS, page="KL"),
+)
+
+BY_CONTEXT = Table(
+    rows="by_context",
+    caption="Loss by tokens of context before the predicted token",
+    title="by tokens of context",
+    columns=(
+        Column(("first_context_tokens", "last_context_tokens"), CONTEXTS, page="context, tokens", card="tokens before"),
+        Column("tokens", COUNT, page="scored tokens", card="tokens scored"),
+        *LOSSES,
+    ),
+)
+
+BY_SOURCE_LENGTH = Table(
+    rows="by_source_length",
+    caption="Loss of the targets by tokens of their source",
+    title="by tokens of the source",
+    columns=(
+        Column(("first_source_tokens", "last_source_tokens"), SOURCES, both="source, tokens"),
+        Column("pairs", COUNT, both="pairs"),
+        Column("tokens", COUNT, page="target tokens", card="tokens scored"),
+        *LOSSES,
+    ),
+)
+
+ROUGE = Table(
+    rows="rouge",
+    caption="Mean F1, as rouge-score computes it",
+    title="ROUGE of what they write",
+    columns=(
+        Column("metric", TEXT, page="F1", card="mean F1", outside=CODE),
+        Column("pairs", COUNT, both="pairs"),
+        Column("num_beams", TEXT, card="beams"),
+        Column("most_tokens", COUNT, card="most tokens"),
+        Column("donor_fraction", NUMBER, both="donor"),
+        Column("student_fraction", NUMBER, both="student"),
+        Column(_less("donor_fraction", "student_fraction"), CHANGE, both="difference"),
+    ),
+)
+
+RETRIEVAL = Table(
+    rows="retrieval",
+    caption="Answers by greedy decoding, and the loss of the right answer",
+    title="recall",
+    columns=(
+        Column("task", TEXT, both="task", outside=NAME),
+        Column("context_tokens", COUNT, page="context, tokens", card="context"),
+        Column("samples", TEXT, both="samples"),
+        Column("donor_accuracy_fraction", SHARE, both="donor right"),
+        Column("student_accuracy_fraction", SHARE, both="student right"),
+        Column(
+            ("donor_answer_loss_nats_per_token", "student_answer_loss_nats_per_token"),
+            TWO_OF_THREE_DIGITS,
+            page="answer loss of donor, student",
         ),
-        (
-            words.perplexity,
-            number(donor.perplexity),
-            number(student.perplexity),
-            _measured(student.perplexity / donor.perplexity, differences.perplexity_ratio, lambda x: f"{x:.4g}x"),
+        Column("donor_answer_loss_nats_per_token", NUMBER, card="donor's loss of the answer"),
+        Column("student_answer_loss_nats_per_token", NUMBER, card="student's"),
+        Column(lambda row: Difference(None, row.difference), CHANGE, page="its difference", card="difference"),
+    ),
+)
+
+TASKS = Table(
+    rows="tasks",
+    caption="Scores ± standard error, as lm_eval computes them",
+    title="tasks, ± standard error",
+    columns=(
+        Column(lambda row: f"{row.task} (v{row.version})", TEXT, page="task"),
+        Column(
+            lambda row: f"{row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)", TEXT, page="metric"
         ),
-        ("KL to the donor, nats per token", "", "", _measured(report.kl_nats_per_token, kl, lambda x: f"{x:.3g}")),
-        ("same likeliest token", "", "", _measured(report.top1_agreement_fraction, top1, percent)),
-    ]
-    if donor.bits_per_byte is not None:
-        difference = _measured(student.bits_per_byte - donor.bits_per_byte, bits, change)
-        rows.insert(2, ("bits per byte", number(donor.bits_per_byte), number(student.bits_per_byte), difference))
-    return rows
+        Column("task", TEXT, card="task", outside=CODE),
+        Column("metric", TEXT, card="metric", outside=CODE),
+        Column("version", TEXT, card="version", outside=CODE),
+        Column("num_fewshot", TEXT, both="shots"),
+        Column("samples", COUNT, both="n"),
+        Column(lambda row: "higher" if row.higher_is_better else "lower", TEXT, card="better"),
+        Column(("donor", "donor_stderr"), SCORE, page="donor", card="donor (stderr)"),
+        Column(("student", "student_stderr"), SCORE, page="student", card="student (stderr)"),
+        Column(_less("donor", "student"), CHANGE, both="difference"),
+    ),
+)
 
+SPEED = Table(
+    rows="speed",
+    caption="Tokens per second of the whole batch, and seconds to the first token",
+    title="speed",
+    columns=(
+        Column("batch_size", TEXT, page="batch"),
+        Column("context_tokens", COUNT, page="{words.context}"),
+        Column(("batch_size", "context_tokens"), PRODUCT, card="batch x {words.context}"),
+        Column("repetitions", TEXT, card="runs"),
+        Column("donor_decode_tokens_per_second", NUMBER, page="donor tokens/s", card="donor, tokens/s"),
+        Column("student_decode_tokens_per_second", NUMBER, page="student tokens/s", card="student, tokens/s"),
+        Column(
+            ("decode_speedup", "decode_speedup_low", "decode_speedup_high"),
+            SPEEDUP,
+            page="faster by",
+            card="decoding (range)",
+        ),
+        Column("allowed_decode_speedup", TIMES, page="allowed", card="bytes would allow"),
+        Column(
+            ("donor_first_token_seconds", "student_first_token_seconds"),
+            TWO_OF_THREE_DIGITS,
+            page="first token, seconds",
+        ),
+        Column("donor_first_token_seconds", SECONDS, card="donor's first token"),
+        Column("student_first_token_seconds", SECONDS, card="student's first token"),
+        Column("first_token_speedup", TIMES, card="first token"),
+    ),
+)
 
-def _embedding_rows(report: Report) -> list[tuple[str, ...]]:
-    found = report.embeddings
-    if found is None:
-        return []
-    rows = [("cosine of the embeddings", "", "", _measured(found.mean_cosine, found.cosine, number))]
-    if found.spearman is not None:
-        rows.append(("rank correlation of similarities", "", "", number(found.spearman)))
-    return rows
+ENCODING_SPEED = Table(
+    rows="encoding_speed",
+    caption="Sequences per second",
+    title="speed of reading",
+    columns=(
+        Column("batch_size", TEXT, page="batch"),
+        Column("length_tokens", COUNT, page="length, tokens"),
+        Column(("batch_size", "length_tokens"), PRODUCT, card="batch x length"),
+        Column("repetitions", TEXT, card="runs"),
+        Column("donor_sequences_per_second", NUMBER, page="donor sequences/s", card="donor, sequences/s"),
+        Column("student_sequences_per_second", NUMBER, page="student sequences/s", card="student, sequences/s"),
+        Column(("speedup", "speedup_low", "speedup_high"), SPEEDUP, page="faster by", card="reading (range)"),
+    ),
+)
 
+CAPACITY = Table(
+    rows="capacity",
+    caption="{words.context} that fits beside the weights, for each sequence of the batch",
+    title="tokens that fit beside the weights",
+    columns=(
+        Column("memory_bytes", BYTES, both="memory"),
+        Column("batch_size", TEXT, both="batch"),
+        Column(
+            "donor_context_tokens",
+            FITS,
+            both="donor's {words.context}, tokens",
+        ),
+        Column(
+            "student_context_tokens",
+            FITS,
+            both="student's {words.context}, tokens",
+        ),
+    ),
+)
 
-def _measured(value: float, interval: Interval | None, said: Callable[[float], str]) -> str:
-    return f"{said(value)} (no interval)" if interval is None else with_interval(interval, said)
-
-
-def _cost_rows(donor: ModelFacts, student: ModelFacts) -> list[tuple[str, ...]]:
-    kinds = [("KV heads", "num_key_value_heads")]
-    if donor.cross_num_key_value_heads:
-        kinds = [("KV heads of the decoder", "num_key_value_heads")]
-        kinds += [
-            ("KV heads across", "cross_num_key_value_heads"),
-            ("KV heads of the encoder", "encoder_num_key_value_heads"),
-        ]
-    rows = [(name, *(heads_in_words(getattr(model, field)) for model in (donor, student)), "") for name, field in kinds]
-    sizes = [
-        ("cache per token, computed", "cache_bytes_per_token_computed", human_bytes),
-        ("cache per token, measured", "cache_bytes_per_token_measured", human_bytes),
-        ("cache per token beyond the window", "cache_bytes_per_token_beyond_window", human_bytes),
-        ("cache per source token, computed", "cache_bytes_per_source_token_computed", human_bytes),
-        ("cache per source token, measured", "cache_bytes_per_source_token_measured", human_bytes),
-        ("parameters", "parameters", human_count),
-        ("weights", "weight_bytes", human_bytes),
-        ("peak memory", "peak_memory_bytes", human_bytes),
-    ]
-    windowed = any(m.cache_bytes_per_token_beyond_window != m.cache_bytes_per_token_computed for m in (donor, student))
-    for name, field, said in sizes:
-        before, after = getattr(donor, field), getattr(student, field)
-        if (field != "cache_bytes_per_token_beyond_window" or windowed) and None not in (before, after):
-            rows.append((name, said(before), said(after), _smaller(before, after)))
-    return rows
-
-
-def _smaller(before: float, after: float) -> str:
-    if before == after:
-        return "same"
-    if not before or not after:
-        return ""
-    if after < before:
-        return f"{times(before / after)} smaller" if before / after >= 1.1 else f"{percent(1 - after / before)} smaller"
-    return f"{times(after / before)} larger" if after / before >= 1.1 else f"{percent(after / before - 1)} larger"
-
-
-def context_range(row: ContextLoss) -> str:
-    first, last = row.first_context_tokens, row.last_context_tokens
-    return f"{first}" if first == last else f"{first}-{last}"
-
-
-def by_context_table(report: Report) -> Rows:
-    header = ("context, tokens", "scored tokens", "donor", "student", "difference in nats per token", "KL")
-    rows = [
-        (
-            context_range(row),
-            f"{row.tokens:,}",
-            number(row.donor_loss_nats_per_token),
-            number(row.student_loss_nats_per_token),
-            _measured(row.student_loss_nats_per_token - row.donor_loss_nats_per_token, row.difference, change),
-            f"{row.kl_nats_per_token:.3g}",
-        )
-        for row in report.by_context
-    ]
-    return Rows(header, rows)
-
-
-def by_source_length_table(report: Report) -> Rows:
-    header = ("source, tokens", "pairs", "target tokens", "donor", "student", "difference in nats per token", "KL")
-    rows = [
-        (
-            f"{row.first_source_tokens}-{row.last_source_tokens}",
-            f"{row.pairs:,}",
-            f"{row.tokens:,}",
-            number(row.donor_loss_nats_per_token),
-            number(row.student_loss_nats_per_token),
-            _measured(row.student_loss_nats_per_token - row.donor_loss_nats_per_token, row.difference, change),
-            f"{row.kl_nats_per_token:.3g}",
-        )
-        for row in report.by_source_length
-    ]
-    return Rows(header, rows)
-
-
-def rouge_table(report: Report) -> Rows:
-    rows = [
-        (
-            row.metric,
-            f"{row.pairs:,}",
-            number(row.donor_fraction),
-            number(row.student_fraction),
-            _measured(row.student_fraction - row.donor_fraction, row.difference, change),
-        )
-        for row in report.rouge
-    ]
-    return Rows(("F1", "pairs", "donor", "student", "difference"), rows)
-
-
-def encoding_speed_table(report: Report) -> Rows:
-    header = ("batch", "length, tokens", "donor sequences/s", "student sequences/s", "faster by")
-    rows = [
-        (
-            f"{row.batch_size}",
-            f"{row.length_tokens:,}",
-            number(row.donor_sequences_per_second),
-            number(row.student_sequences_per_second),
-            f"{times(row.speedup)} ({times(row.speedup_low)} to {times(row.speedup_high)})",
-        )
-        for row in report.encoding_speed
-    ]
-    return Rows(header, rows)
-
-
-def retrieval_table(report: Report) -> Rows:
-    header = ("task", "context, tokens", "samples", "donor right", "student right", "answer loss of donor, student")
-    rows = [
-        (
-            row.task,
-            f"{row.context_tokens:,}",
-            f"{row.samples}",
-            percent(row.donor_accuracy_fraction),
-            percent(row.student_accuracy_fraction),
-            f"{row.donor_answer_loss_nats_per_token:.3g}, {row.student_answer_loss_nats_per_token:.3g}",
-            with_interval(row.difference),
-        )
-        for row in report.retrieval
-    ]
-    return Rows((*header, "its difference"), rows)
-
-
-def tasks_table(report: Report) -> Rows:
-    """Scores as lm_eval gives them, each with its standard error."""
-    header = ("task", "metric", "shots", "n", "donor", "student", "difference")
-
-    def score(value: float, stderr: float | None) -> str:
-        return number(value) if stderr is None else f"{number(value)} ± {stderr:.2g}"
-
-    rows = [
-        (
-            f"{row.task} (v{row.version})",
-            f"{row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)",
-            f"{row.num_fewshot}",
-            f"{row.samples:,}",
-            score(row.donor, row.donor_stderr),
-            score(row.student, row.student_stderr),
-            _measured(row.student - row.donor, row.difference, change),
-        )
-        for row in report.tasks
-    ]
-    return Rows(header, rows)
-
-
-def speed_table(report: Report) -> Rows:
-    header = (
-        "batch",
-        words_of(report).context,
-        "donor tokens/s",
-        "student tokens/s",
-        "faster by",
-        "allowed",
-        "first token, seconds",
-    )
-    rows = [
-        (
-            f"{row.batch_size}",
-            f"{row.context_tokens:,}",
-            number(row.donor_decode_tokens_per_second),
-            number(row.student_decode_tokens_per_second),
-            f"{times(row.decode_speedup)} ({times(row.decode_speedup_low)} to {times(row.decode_speedup_high)})",
-            times(row.allowed_decode_speedup),
-            f"{row.donor_first_token_seconds:.3g}, {row.student_first_token_seconds:.3g}",
-        )
-        for row in report.speed
-    ]
-    return Rows(header, rows)
-
-
-def capacity_table(report: Report) -> Rows:
-    def fits(tokens: int | None) -> str:
-        return "unbounded" if tokens is None else f"{tokens:,}" if tokens else "none"
-
-    rows = [
-        (
-            human_bytes(row.memory_bytes),
-            f"{row.batch_size}",
-            fits(row.donor_context_tokens),
-            fits(row.student_context_tokens),
-        )
-        for row in report.capacity
-    ]
-    what = words_of(report).context
-    return Rows(("memory", "batch", f"donor's {what}, tokens", f"student's {what}, tokens"), rows)
+TABLES = (BY_CONTEXT, BY_SOURCE_LENGTH, ROUGE, RETRIEVAL, TASKS, SPEED, ENCODING_SPEED, CAPACITY)
