@@ -2,23 +2,14 @@
 
 from pathlib import Path
 
-from ...refusal import Refusal
-from ...staging import staged_folder
+from ...staging import check_folder_of, staged_folder
 from ..report import PAGE_FILE, REPORT_FILE, Report
 from .page import write_page
 
 
 def check_report_folder(output: Path, overwrite: bool) -> None:
     """Refuse an output that exists, or that is not a report's to replace."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise Refusal(f"{output}: exists and is not a folder. Give another output.")
-    if not overwrite:
-        raise Refusal(f"{output}: exists. Give another output, or --overwrite to replace it.")
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in (REPORT_FILE, PAGE_FILE))
-    if foreign:
-        raise Refusal(f"{output}: holds '{foreign[0]}', which is no report's, so --overwrite would lose it. Move it.")
+    check_folder_of(output, overwrite, (REPORT_FILE, PAGE_FILE), "report")
 
 
 def write_report(report: Report, output: Path, *, overwrite: bool = False) -> None:
