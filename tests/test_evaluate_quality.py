@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from hf_gqa import convert
 from hf_gqa.evaluate.inputs.windows import Window, batches, token_ids, windows_of
 from hf_gqa.evaluate.quality.bootstrap import FEWEST_GROUPS, Bootstrap, expanded_tail, student_t_quantile
-from hf_gqa.evaluate.quality.token_scores import by_context, score
+from hf_gqa.evaluate.quality.by_length import by_context
+from hf_gqa.evaluate.quality.token_scores import score
 from hf_gqa.refusal import Refusal
 
 from .tiny_donors import tiny_donor

@@ -10,8 +10,9 @@ from ..cost.speed import check_speed, measure_speed
 from ..inputs.documents import Documents, read_documents, sampled_documents
 from ..inputs.opened import Pair
 from ..quality.bootstrap import FEWEST_GROUPS
+from ..quality.by_length import by_context
 from ..quality.continuations import continuations, prompts_from
-from ..quality.token_scores import TokenScores, by_context, score
+from ..quality.token_scores import TokenScores, score
 from ..recipe import EvaluationRecipe
 from ..report import Retrieval, TextFacts
 from ..retrieval import RETRIEVAL

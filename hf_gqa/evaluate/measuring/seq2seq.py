@@ -15,8 +15,9 @@ from ..cost.speed import measure_speed
 from ..inputs.padding import evenly_spread
 from ..inputs.seq2seq_pairs import Seq2SeqText, read_seq2seq_text
 from ..quality.bootstrap import FEWEST_GROUPS
+from ..quality.by_length import by_source_length
 from ..quality.rouge import check_rouge, rouge, samples, sources_of, without_words, written
-from ..quality.target_tokens import by_source_length, score_pairs
+from ..quality.target_tokens import score_pairs
 from ..quality.token_scores import TokenScores
 from ..report import Capacity, Continuation, Rouge, TextFacts
 from .facts import differences, loss_facts

@@ -11,12 +11,7 @@ from transformers import PreTrainedModel
 
 from ..inputs.padding import padded
 from ..inputs.seq2seq_pairs import TokenPair
-from ..report import SourceLengthLoss
-from .bootstrap import Bootstrap
 from .token_scores import IGNORED, TokenScores, check_finite, collected, compare
-
-
-FIRST_SOURCES_END = 32
 
 
 @torch.inference_mode()
@@ -55,28 +50,3 @@ def score_pairs(
     scores = collected(parts)
     check_finite(scores)
     return scores
-
-
-def by_source_length(scores: TokenScores, bootstrap: Bootstrap) -> tuple[SourceLengthLoss, ...]:
-    """Losses of the pairs by how long their source is: up to 32 tokens, then up to each power of two."""
-    lasts = [FIRST_SOURCES_END]
-    while lasts[-1] < scores.context_N.max():
-        lasts.append(2 * lasts[-1])
-    rows = []
-    for before, last in zip([0, *lasts], lasts, strict=False):
-        here = scores.where((scores.context_N > before) & (scores.context_N <= last))
-        if len(here):
-            difference_W = here.by_window(here.student_loss_N - here.donor_loss_N)
-            rows.append(
-                SourceLengthLoss(
-                    first_source_tokens=int(here.context_N.min()),
-                    last_source_tokens=int(here.context_N.max()),
-                    pairs=here.windows,
-                    tokens=len(here),
-                    donor_loss_nats_per_token=float(here.donor_loss_N.mean()),
-                    student_loss_nats_per_token=float(here.student_loss_N.mean()),
-                    kl_nats_per_token=float(here.kl_N.mean()),
-                    difference=bootstrap.interval(difference_W, here.by_window(np.ones(len(here)))),
-                )
-            )
-    return tuple(rows)

@@ -12,12 +12,9 @@ from transformers import PreTrainedModel
 
 from ...refusal import Refusal
 from ..inputs.windows import Window, batches
-from ..report import ContextLoss
-from .bootstrap import Bootstrap
 
 
 ELEMENTS_AT_ONCE = 1 << 24
-FIRST_CONTEXTS_END = 32
 IGNORED = -100  # what transformers takes for no label
 ABSURD_LOSS = 700  # whose exponential is no number any more
 
@@ -132,27 +129,3 @@ def check_finite(scores: TokenScores) -> None:
             raise Refusal(
                 f"{name}: its loss is NaN, Inf or beyond {ABSURD_LOSS} nats on {broken:,} of {len(losses_N):,} tokens. Check it with hf-gqa verify."
             )
-
-
-def by_context(scores: TokenScores, context_tokens: int, bootstrap: Bootstrap) -> tuple[ContextLoss, ...]:
-    """Losses by how much text stood before the token: up to 32 tokens, then up to each power of two."""
-    lasts = [FIRST_CONTEXTS_END]
-    while lasts[-1] < context_tokens:
-        lasts.append(2 * lasts[-1])
-    rows = []
-    for before, last in zip([0, *lasts], lasts, strict=False):
-        here = scores.where((scores.context_N > before) & (scores.context_N <= last))
-        if len(here):
-            difference_W = here.by_window(here.student_loss_N - here.donor_loss_N)
-            rows.append(
-                ContextLoss(
-                    first_context_tokens=before + 1,
-                    last_context_tokens=int(here.context_N.max()),
-                    tokens=len(here),
-                    donor_loss_nats_per_token=float(here.donor_loss_N.mean()),
-                    student_loss_nats_per_token=float(here.student_loss_N.mean()),
-                    kl_nats_per_token=float(here.kl_N.mean()),
-                    difference=bootstrap.interval(difference_W, here.by_window(np.ones(len(here)))),
-                )
-            )
-    return tuple(rows)
