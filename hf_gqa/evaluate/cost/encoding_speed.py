@@ -15,7 +15,7 @@ def measure_encoding_speed(
     student: PreTrainedModel,
     *,
     batch_sizes: Sequence[int],
-    lengths: Sequence[int],
+    context_lengths: Sequence[int],
     repetitions: int,
     seed: int,
     progress: Callable[[str], object] = lambda point: None,
@@ -27,7 +27,7 @@ def measure_encoding_speed(
     """
     points, notes = [], []
     for batch_size in batch_sizes:
-        for length in lengths:
+        for length in context_lengths:
             where = f"batch {batch_size} x length {length}"
             progress(where)
             pairs = timed_pairs((donor, student), (batch_size, length), forward_seconds, repetitions, seed)

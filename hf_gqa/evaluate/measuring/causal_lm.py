@@ -1,6 +1,7 @@
 """The measurement of decoder-only models: loss by context length, recall, tasks, cache, speed, and continuations."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ...progress_bar import progress_bar
@@ -9,7 +10,6 @@ from ..cost.memory import capacity, parse_memory
 from ..cost.speed import check_speed, measure_speed
 from ..inputs.documents import Documents, read_documents, sampled_documents
 from ..inputs.opened import Pair
-from ..quality.bootstrap import FEWEST_GROUPS
 from ..quality.by_length import by_context
 from ..quality.continuations import continuations, prompts_from
 from ..quality.token_scores import TokenScores, score
@@ -18,8 +18,8 @@ from ..report import Retrieval, TextFacts
 from ..retrieval import RETRIEVAL
 from ..tasks.lm_eval_tasks import equivalent_command, run_tasks
 from ..tasks.recall import lengths, lengths_left_out, recall
-from .facts import cache_facts, differences, loss_facts
-from .measured import TOKENS_AT_ONCE, Asked, Measured, longest_context
+from .facts import cache_of, compared, losses_of, notes_on_windows, text_facts
+from .measured import Asked, Measured, MeasuredModel, batch_size_of, longest_context, timed
 
 
 class CausalLMMeasurement:
@@ -56,27 +56,26 @@ class CausalLMMeasurement:
     def measure(self) -> Measured:
         scores = self._score()
         recalled = self._recall()
-        speed, not_timed = self._speed()
         donor, student, bootstrap = self.pair.donor, self.pair.student, self.asked.bootstrap
+        measure = partial(measure_speed, donor, student, decode_tokens=self.recipe.decode_tokens)
+        speed, not_timed = timed(self.recipe, measure)
         size = self.documents.text_bytes
         return Measured(
-            donor=loss_facts(scores.donor_loss_N, size) | cache_facts(donor),
-            student=loss_facts(scores.student_loss_N, size) | cache_facts(student),
-            report={
-                "kl_nats_per_token": float(scores.kl_N.mean()),
-                "top1_agreement_fraction": float(scores.agrees_N.mean()),
-                "differences": differences(scores, size, bootstrap),
-                "by_context": by_context(scores, self.recipe.context_length, bootstrap),
-                "retrieval": recalled,
-                "tasks": self._tasks(),
-                "speed": speed,
-                "capacity": tuple(
+            donor=MeasuredModel(losses=losses_of(scores.donor_loss_N, size), cache=cache_of(donor)),
+            student=MeasuredModel(losses=losses_of(scores.student_loss_N, size), cache=cache_of(student)),
+            report=replace(
+                compared(scores, size, bootstrap),
+                by_context=by_context(scores, self.recipe.context_length, bootstrap),
+                retrieval=recalled,
+                tasks=self._tasks(),
+                speed=speed,
+                capacity=tuple(
                     capacity(donor, student, parse_memory(memory), batch)
                     for memory in self.recipe.memory
                     for batch in self.recipe.speed_batch_sizes
                 ),
-                "continuations": self._continuations(),
-            },
+                continuations=self._continuations(),
+            ),
             text=self._text_facts(scores),
             notes=(*self._notes(scores), *self._not_recalled(recalled), *not_timed),
         )
@@ -120,52 +119,23 @@ class CausalLMMeasurement:
             bootstrap=self.asked.bootstrap,
         )
 
-    def _speed(self):
-        recipe = self.recipe
-        if not recipe.speed:
-            return (), ()
-        points = len(recipe.speed_batch_sizes) * len(recipe.speed_context_lengths)
-        with progress_bar("Speed", points, "size") as bar:
-            return measure_speed(
-                *(self.pair.donor, self.pair.student),
-                batch_sizes=recipe.speed_batch_sizes,
-                context_lengths=recipe.speed_context_lengths,
-                decode_tokens=recipe.decode_tokens,
-                repetitions=recipe.repetitions,
-                seed=recipe.seed,
-                progress=lambda point: bar.update(),
-            )
-
     def _continuations(self):
         recipe, pair = self.recipe, self.pair
         prompts = recipe.prompts or prompts_from(self.documents, pair.tokenizer, recipe.context_length)
         return continuations(pair, prompts, recipe.continuation_tokens, self.asked.converted)
 
     def _text_facts(self, scores: TokenScores) -> TextFacts:
-        documents, recipe = self.documents, self.recipe
-        return TextFacts(
-            sources=recipe.text or (recipe.dataset_name or f"sampled from {self.asked.donor_name}",),
-            fingerprint=documents.fingerprint,
-            documents=len(documents),
+        return text_facts(
+            *(self.asked, self.recipe, self.documents),
+            documents=len(self.documents),
             tokens=len(scores),
-            text_bytes=documents.text_bytes,
             windows=scores.windows,
-            context_tokens=recipe.context_length,
-            stride_tokens=recipe.stride,
             longest_context_tokens=self.pair.longest_context_tokens,
         )
 
     def _notes(self, scores: TokenScores) -> list[str]:
-        notes, recipe, longest = list(self.documents.notes), self.recipe, self.pair.longest_context_tokens
-        if scores.windows < FEWEST_GROUPS:
-            notes.append(
-                f"The text has {scores.windows} windows; intervals need {FEWEST_GROUPS}. Give more text, or a shorter "
-                f"context_length."
-            )
-        if longest is not None and longest > recipe.context_length:
-            notes.append(
-                f"The models take {longest:,} tokens; what happens beyond {recipe.context_length:,} was not measured."
-            )
+        recipe, longest = self.recipe, self.pair.longest_context_tokens
+        notes = [*self.documents.notes, *notes_on_windows(scores.windows, recipe.context_length, longest)]
         if recipe.tasks:
             notes.append(f"lm_eval's own command for the student's tasks: {self._command_of_lm_eval()}")
         return notes
@@ -201,6 +171,6 @@ def resolve_sizes(recipe: EvaluationRecipe, pair: Pair) -> EvaluationRecipe:
         recipe,
         context_length=context,
         stride=recipe.stride or context,
-        batch_size=recipe.batch_size or max(1, min(32, TOKENS_AT_ONCE // context)),
+        batch_size=batch_size_of(recipe, context),
         speed_context_lengths=recipe.speed_context_lengths or tuple(sorted({max(1, context // 4), most})),
     )

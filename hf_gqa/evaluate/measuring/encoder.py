@@ -1,6 +1,7 @@
 """The measurement of encoders: masked tokens where there is a head that guesses them, embeddings, and speed of reading."""
 
 from dataclasses import replace
+from functools import partial
 
 from ...convert.model_kind import MASKED_LM
 from ...progress_bar import progress_bar
@@ -8,12 +9,21 @@ from ...refusal import Refusal
 from ..cost.encoding_speed import measure_encoding_speed
 from ..cost.speed import FEWEST_REPETITIONS
 from ..inputs.documents import Documents, read_documents
-from ..quality.bootstrap import FEWEST_GROUPS
 from ..quality.embeddings import compare_embeddings, embedded
 from ..quality.masked_tokens import MASKED_FRACTION, encoder_windows, masked_windows, score_masked
 from ..report import Embeddings, TextFacts
-from .facts import NO_DIFFERENCES, differences, loss_facts
-from .measured import TOKENS_AT_ONCE, Asked, Measured, longest_context, refuse_options, trained_tokens
+from .facts import compared, losses_of, notes_on_windows, text_facts
+from .measured import (
+    Asked,
+    Measured,
+    MeasuredModel,
+    MeasuredParts,
+    batch_size_of,
+    longest_context,
+    refuse_options,
+    timed,
+    trained_tokens,
+)
 
 
 class EncoderMeasurement:
@@ -33,7 +43,7 @@ class EncoderMeasurement:
         self.recipe = recipe = replace(
             recipe,
             context_length=context,
-            batch_size=recipe.batch_size or max(1, min(32, TOKENS_AT_ONCE // context)),
+            batch_size=batch_size_of(recipe, context),
             speed_context_lengths=lengths,
         )
         self._check_speed(limit)
@@ -67,21 +77,18 @@ class EncoderMeasurement:
         }
 
     def measure(self) -> Measured:
-        donor, student, report = {}, {}, {}
+        donor = student = MeasuredModel()
+        report = MeasuredParts()
         if self.masked:
             scores = self._score()
-            donor, student = (loss_facts(losses_N, None) for losses_N in (scores.donor_loss_N, scores.student_loss_N))
-            report = {
-                "kl_nats_per_token": float(scores.kl_N.mean()),
-                "top1_agreement_fraction": float(scores.agrees_N.mean()),
-                "differences": differences(scores, None, self.asked.bootstrap),
-            }
-        speed, not_timed = self._speed()
-        report = {"kl_nats_per_token": None, "top1_agreement_fraction": None, "differences": NO_DIFFERENCES} | report
+            losses = (scores.donor_loss_N, scores.student_loss_N)
+            donor, student = (MeasuredModel(losses=losses_of(losses_N, None)) for losses_N in losses)
+            report = compared(scores, None, self.asked.bootstrap)
+        speed, not_timed = timed(self.recipe, partial(measure_encoding_speed, self.pair.donor, self.pair.student))
         return Measured(
             donor=donor,
             student=student,
-            report=report | {"embeddings": self._embeddings(), "encoding_speed": speed},
+            report=replace(report, embeddings=self._embeddings(), encoding_speed=speed),
             text=self._text_facts(),
             notes=(*self._notes(), *not_timed),
         )
@@ -100,48 +107,23 @@ class EncoderMeasurement:
             ]
         return compare_embeddings(*both, self.asked.bootstrap)
 
-    def _speed(self):
-        recipe = self.recipe
-        if not recipe.speed:
-            return (), ()
-        points = len(recipe.speed_batch_sizes) * len(recipe.speed_context_lengths)
-        with progress_bar("Speed", points, "size") as bar:
-            return measure_encoding_speed(
-                *(self.pair.donor, self.pair.student),
-                batch_sizes=recipe.speed_batch_sizes,
-                lengths=recipe.speed_context_lengths,
-                repetitions=recipe.repetitions,
-                seed=recipe.seed,
-                progress=lambda point: bar.update(),
-            )
-
     def _text_facts(self) -> TextFacts:
-        documents, recipe = self.documents, self.recipe
         masked = sum(len(window.masked) for window in self.masked)
-        return TextFacts(
-            sources=recipe.text or (recipe.dataset_name,),
-            fingerprint=documents.fingerprint,
-            documents=len(documents),
-            tokens=masked or documents.tokens,
-            text_bytes=documents.text_bytes,
+        return text_facts(
+            *(self.asked, self.recipe, self.documents),
+            documents=len(self.documents),
+            tokens=masked or self.documents.tokens,
             windows=len(self.windows),
-            context_tokens=recipe.context_length,
-            stride_tokens=None,
             longest_context_tokens=self.pair.longest_context_tokens,
             masked_fraction=MASKED_FRACTION if masked else None,
         )
 
     def _notes(self) -> list[str]:
-        notes, limit = list(self.documents.notes), self.pair.longest_context_tokens
-        if len(self.windows) < FEWEST_GROUPS:
-            notes.append(
-                f"The text has {len(self.windows)} windows; intervals need {FEWEST_GROUPS}. Give more text, or a shorter "
-                f"context_length."
-            )
-        if limit is not None and limit > self.recipe.context_length:
-            notes.append(
-                f"The models take {limit:,} tokens; what happens beyond {self.recipe.context_length:,} was not measured."
-            )
+        longest = self.pair.longest_context_tokens
+        notes = [
+            *self.documents.notes,
+            *notes_on_windows(len(self.windows), self.recipe.context_length, longest),
+        ]
         name = type(self.pair.donor).__name__
         if not self.masked and self.pair.donor.base_model is not self.pair.donor:
             notes.append(f"What {name} makes of its embeddings was not evaluated, only the embeddings.")

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
+from transformers import PreTrainedModel
+
 from ...convert.model_kind import SEQ2SEQ
 from ...convert.student import open_student
 from ...progress_bar import progress_bar
@@ -20,8 +22,20 @@ from ..quality.rouge import check_rouge, rouge, samples, sources_of, without_wor
 from ..quality.target_tokens import score_pairs
 from ..quality.token_scores import TokenScores
 from ..report import Capacity, Continuation, Rouge, TextFacts
-from .facts import differences, loss_facts
-from .measured import TOKENS_AT_ONCE, Asked, Measured, longest_context, refuse_options, trained_tokens
+from .facts import compared, losses_of, text_facts
+from .measured import (
+    Asked,
+    CacheBytes,
+    LayerHeads,
+    Losses,
+    Measured,
+    MeasuredModel,
+    batch_size_of,
+    longest_context,
+    refuse_options,
+    timed,
+    trained_tokens,
+)
 
 
 class Seq2SeqMeasurement:
@@ -43,7 +57,7 @@ class Seq2SeqMeasurement:
         self.recipe = recipe = replace(
             recipe,
             context_length=context,
-            batch_size=recipe.batch_size or max(1, min(32, TOKENS_AT_ONCE // context)),
+            batch_size=batch_size_of(recipe, context),
             speed_context_lengths=recipe.speed_context_lengths or tuple(sorted({max(1, context // 4), context})),
             generation_tokens=min(recipe.generation_tokens, targets - 1) if targets else recipe.generation_tokens,
         )
@@ -68,21 +82,22 @@ class Seq2SeqMeasurement:
         with progress_bar("Targets", self.text.tokens, "tok", unit_scale=True) as bar:
             scores = score_pairs(pair.donor, pair.student, self.text.rows, recipe.batch_size, bar.update)
         rouges, written_samples = self._written()
-        speed, not_timed = self._speed()
+        measure = partial(
+            measure_speed, pair.donor, pair.student, way=SEQ2SEQ_DECODING, decode_tokens=recipe.decode_tokens
+        )
+        speed, not_timed = timed(recipe, measure)
         size, bootstrap = self.text.text_bytes, self.asked.bootstrap
         return Measured(
-            donor=loss_facts(scores.donor_loss_N, size) | seq2seq_facts(pair.donor),
-            student=loss_facts(scores.student_loss_N, size) | seq2seq_facts(pair.student),
-            report={
-                "kl_nats_per_token": float(scores.kl_N.mean()),
-                "top1_agreement_fraction": float(scores.agrees_N.mean()),
-                "differences": differences(scores, size, bootstrap),
-                "by_source_length": by_source_length(scores, bootstrap),
-                "rouge": rouges,
-                "speed": speed,
-                "capacity": self._capacity(),
-                "continuations": written_samples,
-            },
+            donor=measured_model(pair.donor, losses_of(scores.donor_loss_N, size)),
+            student=measured_model(pair.student, losses_of(scores.student_loss_N, size)),
+            report=replace(
+                compared(scores, size, bootstrap),
+                by_source_length=by_source_length(scores, bootstrap),
+                rouge=rouges,
+                speed=speed,
+                capacity=self._capacity(),
+                continuations=written_samples,
+            ),
             text=self._text_facts(scores),
             notes=(*self._notes(scores), *not_timed),
         )
@@ -109,23 +124,6 @@ class Seq2SeqMeasurement:
         scored = rouge(pairs, *texts[:2], **options, bootstrap=self.asked.bootstrap)
         return scored, samples(pairs, *texts[:2], texts[2] if len(texts) > 2 else ())
 
-    def _speed(self):
-        recipe = self.recipe
-        if not recipe.speed:
-            return (), ()
-        points = len(recipe.speed_batch_sizes) * len(recipe.speed_context_lengths)
-        with progress_bar("Speed", points, "size") as bar:
-            return measure_speed(
-                *(self.pair.donor, self.pair.student),
-                batch_sizes=recipe.speed_batch_sizes,
-                context_lengths=recipe.speed_context_lengths,
-                decode_tokens=recipe.decode_tokens,
-                repetitions=recipe.repetitions,
-                seed=recipe.seed,
-                way=SEQ2SEQ_DECODING,
-                progress=lambda point: bar.update(),
-            )
-
     def _capacity(self) -> tuple[Capacity, ...]:
         recipe = self.recipe
         longest = partial(source_that_fits, target_tokens=recipe.generation_tokens)
@@ -136,19 +134,14 @@ class Seq2SeqMeasurement:
         )
 
     def _text_facts(self, scores: TokenScores) -> TextFacts:
-        text, recipe = self.text, self.recipe
-        return TextFacts(
-            sources=recipe.text or (recipe.dataset_name,),
-            fingerprint=text.fingerprint,
-            documents=len(text.pairs),
+        return text_facts(
+            *(self.asked, self.recipe, self.text),
+            documents=len(self.text.pairs),
             tokens=len(scores),
-            text_bytes=text.text_bytes,
             windows=scores.windows,
-            context_tokens=recipe.context_length,
-            stride_tokens=None,
             longest_context_tokens=self.longest,
-            targets=len(text.rows),
-            truncated_sources=text.truncated_sources,
+            targets=len(self.text.rows),
+            truncated_sources=self.text.truncated_sources,
         )
 
     def _notes(self, scores: TokenScores) -> list[str]:
@@ -167,19 +160,24 @@ class Seq2SeqMeasurement:
         return notes
 
 
-def seq2seq_facts(model) -> dict:
-    """Fields of `ModelFacts`: heads and cache of an encoder-decoder."""
+def measured_model(model: PreTrainedModel, losses: Losses) -> MeasuredModel:
+    """An encoder-decoder with its heads and its caches."""
     heads = seq2seq_heads(model.config)
     own, cross = cache_bytes_of_a_token(model.config, model.dtype)
     own_measured, cross_measured = measured_cache_bytes_of_a_token(model)
-    return {
-        "num_hidden_layers": len(heads.decoder),
-        "num_key_value_heads": heads.decoder,
-        "cross_num_key_value_heads": heads.cross,
-        "encoder_num_key_value_heads": heads.encoder,
-        "cache_bytes_per_token_computed": own,
-        "cache_bytes_per_token_measured": own_measured,
-        "cache_bytes_per_token_beyond_window": own,
-        "cache_bytes_per_source_token_computed": cross,
-        "cache_bytes_per_source_token_measured": cross_measured,
-    }
+    return MeasuredModel(
+        losses=losses,
+        cache=CacheBytes(
+            cache_bytes_per_token_computed=own,
+            cache_bytes_per_token_measured=own_measured,
+            cache_bytes_per_token_beyond_window=own,
+            cache_bytes_per_source_token_computed=cross,
+            cache_bytes_per_source_token_measured=cross_measured,
+        ),
+        heads=LayerHeads(
+            num_hidden_layers=len(heads.decoder),
+            num_key_value_heads=heads.decoder,
+            cross_num_key_value_heads=heads.cross,
+            encoder_num_key_value_heads=heads.encoder,
+        ),
+    )
