@@ -26,9 +26,9 @@ from uptrain import DONORS, machine, rows_of
 from hf_gqa import convert
 from hf_gqa.convert.calibration import calibrate
 from hf_gqa.convert.donor import donor_from_model
-from hf_gqa.evaluate.bootstrap import Bootstrap
-from hf_gqa.evaluate.quality import score
-from hf_gqa.evaluate.windows import prefix_token, token_ids, windows_of
+from hf_gqa.evaluate.inputs.windows import prefix_token, token_ids, windows_of
+from hf_gqa.evaluate.quality.bootstrap import Bootstrap
+from hf_gqa.evaluate.quality.token_scores import score
 from hf_gqa.workflow.choose_method import choose_method
 
 

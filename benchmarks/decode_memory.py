@@ -18,7 +18,7 @@ from decode_tables import table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hf_gqa
-from hf_gqa.evaluate.memory import context_that_fits
+from hf_gqa.evaluate.cost.memory import context_that_fits
 from hf_gqa.human_units import human_bytes
 from hf_gqa.runtime.native_call import with_cache
 
@@ -133,7 +133,7 @@ def markdown(found: dict) -> str:
             "Batch 4. The growing cache holds the old and the new keys or values of one layer for a moment; the static cache does not.\n",
             table(head, rows),
             f"## Sequences of {CONTEXT} tokens in {human_bytes(MEMORY_BYTES)}\n",
-            "The batch is computed before anything runs (`hf_gqa.evaluate.memory`); the peak is measured with it.\n",
+            "The batch is computed before anything runs (`hf_gqa.evaluate.cost.memory`); the peak is measured with it.\n",
             table(["KV heads", "sequences", "times as many", "peak measured"], fits),
         ]
     )

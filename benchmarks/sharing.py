@@ -30,7 +30,7 @@ from hf_gqa.analyze.echoatt import block_borrowers, kept_layers, ranked_borrower
 from hf_gqa.analyze.similarity import attention_similarity
 from hf_gqa.analyze.solver import cheapest_sets, nearest_owners
 from hf_gqa.convert.donor import donor_from_model
-from hf_gqa.evaluate.quality import compare
+from hf_gqa.evaluate.quality.token_scores import compare
 
 
 SAMPLE_TOKENS, SAMPLES = 512, 32

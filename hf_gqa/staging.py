@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,16 +37,34 @@ def check_output(output: Path, overwrite: bool, donor_folder: Path | None) -> No
     """Refuse an output that exists, that is not ours to replace, or that touches the donor."""
     if donor_folder is not None:
         check_apart(output, donor_folder, "donor")
+    if _is_there(output, overwrite) and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise Refusal(
+            f"{output}: holds no config.json, so it is no model that --overwrite could replace. Remove it first."
+        )
+
+
+def check_folder_of(output: Path, overwrite: bool, files: Collection[str], what: str) -> None:
+    """Refuse an output that exists, or that is not ours to replace.
+
+    Args:
+        files: names of all that a folder of this kind holds.
+        what: such a folder's name in messages, such as "report".
+    """
+    there = output.iterdir() if _is_there(output, overwrite) else ()
+    foreign = sorted(path.name for path in there if path.name not in files)
+    if foreign:
+        raise Refusal(f"{output}: holds '{foreign[0]}', which is no {what}'s, so --overwrite would lose it. Move it.")
+
+
+def _is_there(output: Path, overwrite: bool) -> bool:
+    """Whether a folder would be replaced; raises Refusal if what is there is none, or may not be."""
     if not output.exists():
-        return
+        return False
     if not output.is_dir():
         raise Refusal(f"{output}: exists and is not a folder. Give another output.")
     if not overwrite:
         raise Refusal(f"{output}: exists. Give another output, or --overwrite to replace it.")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
-        raise Refusal(
-            f"{output}: holds no config.json, so it is no model that --overwrite could replace. Remove it first."
-        )
+    return True
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hf_gqa.evaluate.facts import NO_DIFFERENCES
+from hf_gqa.evaluate.measuring.measured import NO_DIFFERENCES
 from hf_gqa.evaluate.report import Continuation, Embeddings, EncodingSpeed, Interval, Report, Rouge, SourceLengthLoss
 
 from .sample_report import sample_report

@@ -8,7 +8,7 @@ import pytest
 from hf_gqa import convert_checkpoint
 from hf_gqa.convert.families import FAMILIES
 from hf_gqa.evaluate import evaluate
-from hf_gqa.evaluate.page import make_page
+from hf_gqa.evaluate.page.page import make_page
 from hf_gqa.evaluate.report import Report
 from hf_gqa.export.card_lint import lint_card
 from hf_gqa.export.model_card import make_card
@@ -95,7 +95,7 @@ def test_one_recipe_from_donor_to_card(made, tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_is_measured_in_a_fresh_process(made):
-    from hf_gqa.evaluate.peak_memory import peak_memory_bytes
+    from hf_gqa.evaluate.cost.peak_memory import peak_memory_bytes
 
     kind, folder = made
     settings = {"dtype": "float32", "batch_size": 2, "context_tokens": 16, "decode_tokens": 2, "kind": kind}

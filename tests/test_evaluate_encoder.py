@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from hf_gqa.evaluate.bootstrap import Bootstrap
-from hf_gqa.evaluate.embeddings import compare_embeddings, embedded, rank_correlation
-from hf_gqa.evaluate.masked_quality import MaskedWindow, score_masked
+from hf_gqa.evaluate.quality.bootstrap import Bootstrap
+from hf_gqa.evaluate.quality.embeddings import compare_embeddings, embedded, rank_correlation
+from hf_gqa.evaluate.quality.masked_tokens import MaskedWindow, score_masked
 from hf_gqa.evaluate.report import Report
 from hf_gqa.refusal import Refusal
 

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_gqa import Refusal, convert
 from hf_gqa.convert.cache_bytes import cache_bytes_computed, key_value_heads, layer_windows
-from hf_gqa.evaluate import peak_memory
-from hf_gqa.evaluate.memory import capacity, context_that_fits, parse_memory, weight_bytes, working_bytes
-from hf_gqa.evaluate.peak_memory import peak_memory_bytes
+from hf_gqa.evaluate.cost import peak_memory
+from hf_gqa.evaluate.cost.memory import capacity, context_that_fits, parse_memory, weight_bytes, working_bytes
+from hf_gqa.evaluate.cost.peak_memory import peak_memory_bytes
 
 from .tiny_donors import MODEL_TYPES, tiny_config, tiny_donor
 

@@ -13,10 +13,10 @@ import pytest
 from matplotlib.image import imread
 
 from hf_gqa.cli.report_tables import print_report
-from hf_gqa.evaluate.page import make_page, write_page
+from hf_gqa.evaluate.page.page import make_page, write_page
+from hf_gqa.evaluate.page.write_report import write_report
 from hf_gqa.evaluate.report import Differences, Interval
-from hf_gqa.evaluate.verdict import verdict
-from hf_gqa.evaluate.write_report import write_report
+from hf_gqa.evaluate.report.verdict import verdict
 from hf_gqa.refusal import Refusal
 
 from .sample_report import sample_report
@@ -166,7 +166,7 @@ def test_a_folder_with_both_or_nothing(tmp_path, monkeypatch):
     def fail(report, path):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hf_gqa.evaluate.write_report.write_page", fail)
+    monkeypatch.setattr("hf_gqa.evaluate.page.write_report.write_page", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(sample_report(kl_nats_per_token=9.0), tmp_path / "report", overwrite=True)
     assert '"kl_nats_per_token": 9.0' not in (tmp_path / "report" / "report.json").read_text()

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from hf_gqa import convert
-from hf_gqa.evaluate.bootstrap import FEWEST_GROUPS, Bootstrap, expanded_tail, student_t_quantile
-from hf_gqa.evaluate.quality import by_context, score
-from hf_gqa.evaluate.windows import Window, batches, token_ids, windows_of
+from hf_gqa.evaluate.inputs.windows import Window, batches, token_ids, windows_of
+from hf_gqa.evaluate.quality.bootstrap import FEWEST_GROUPS, Bootstrap, expanded_tail, student_t_quantile
+from hf_gqa.evaluate.quality.by_length import by_context
+from hf_gqa.evaluate.quality.token_scores import score
 from hf_gqa.refusal import Refusal
 
 from .tiny_donors import tiny_donor
@@ -96,7 +97,7 @@ def slow_scores(donor, student, windows):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_scores_equal_the_slow_ones(models, windows, batch_size, monkeypatch):
-    monkeypatch.setattr("hf_gqa.evaluate.quality.ELEMENTS_AT_ONCE", 99 * 7)  # parts of seven tokens
+    monkeypatch.setattr("hf_gqa.evaluate.quality.token_scores.ELEMENTS_AT_ONCE", 99 * 7)  # parts of seven tokens
     found = score(*models, windows, batch_size)
     columns = (found.window_N, found.context_N, found.donor_loss_N, found.student_loss_N, found.kl_N, found.agrees_N)
     rows = np.stack(columns, axis=1)
@@ -163,7 +164,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(groups):
 
 def test_a_wrong_interval_would_be_noticed(monkeypatch):
     assert coverage(40, Bootstrap(resamples=600, confidence_fraction=0.8)) < 0.86
-    monkeypatch.setattr("hf_gqa.evaluate.bootstrap.expanded_tail", lambda tail, groups: tail)
+    monkeypatch.setattr("hf_gqa.evaluate.quality.bootstrap.expanded_tail", lambda tail, groups: tail)
     assert coverage(12, Bootstrap(resamples=600)) < 0.915
 
 
@@ -173,7 +174,7 @@ def test_intervals_are_the_same_twice_and_in_parts(monkeypatch):
     found = Bootstrap().interval(sums, counts)
     assert found == Bootstrap().interval(sums, counts) != Bootstrap(seed=1).interval(sums, counts)
     assert found.low < found.value < found.high and found.value == pytest.approx(sums.sum() / 60)
-    monkeypatch.setattr("hf_gqa.evaluate.bootstrap.DRAWN_AT_ONCE", 1000)
+    monkeypatch.setattr("hf_gqa.evaluate.quality.bootstrap.DRAWN_AT_ONCE", 1000)
     assert found == Bootstrap().interval(sums, counts)
     ratio = Bootstrap().interval(sums, counts, np.exp)
     assert (ratio.value, ratio.low, ratio.high) == tuple(map(math.exp, (found.value, found.low, found.high)))

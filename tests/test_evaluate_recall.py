@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
-from hf_gqa.evaluate.bootstrap import Bootstrap
-from hf_gqa.evaluate.recall import answer_scores, last_logits, lengths, lengths_left_out, prompts_of, recall
+from hf_gqa.evaluate.quality.bootstrap import Bootstrap
 from hf_gqa.evaluate.retrieval import RETRIEVAL, piece_ids
+from hf_gqa.evaluate.tasks.recall import answer_scores, last_logits, lengths, lengths_left_out, prompts_of, recall
 from hf_gqa.refusal import Refusal
 
 from .tiny_donors import VOCAB_SIZE, tiny_donor

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_gqa.evaluate.bootstrap import Bootstrap
+from hf_gqa.evaluate.cost.seq2seq_cache import cache_bytes_of_a_token, measured_cache_bytes_of_a_token, seq2seq_heads
+from hf_gqa.evaluate.cost.seq2seq_speed import position_limits, read_source_and_decode, step_weight_bytes
+from hf_gqa.evaluate.inputs.seq2seq_pairs import TokenPair
+from hf_gqa.evaluate.quality.bootstrap import Bootstrap
+from hf_gqa.evaluate.quality.by_length import by_source_length
+from hf_gqa.evaluate.quality.rouge import rouge, written
+from hf_gqa.evaluate.quality.target_tokens import score_pairs
 from hf_gqa.evaluate.report import Report
-from hf_gqa.evaluate.rouge import rouge, written
-from hf_gqa.evaluate.seq2seq_cache import cache_bytes_of_a_token, measured_cache_bytes_of_a_token, seq2seq_heads
-from hf_gqa.evaluate.seq2seq_pairs import TokenPair
-from hf_gqa.evaluate.seq2seq_quality import by_source_length, score_pairs
-from hf_gqa.evaluate.seq2seq_speed import position_limits, read_source_and_decode, step_weight_bytes
 from hf_gqa.refusal import Refusal
 from hf_gqa.text.pairs import TextPair
 

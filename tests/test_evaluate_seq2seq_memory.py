@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BartConfig, T5Config
 
-from hf_gqa.evaluate.seq2seq_memory import encoding_bytes, source_that_fits, step_bytes
+from hf_gqa.evaluate.cost.seq2seq_memory import encoding_bytes, source_that_fits, step_bytes
 
 
 T5 = T5Config(d_model=8, d_ff=20, num_heads=2, d_kv=6, num_layers=3, num_decoder_layers=2, vocab_size=100)

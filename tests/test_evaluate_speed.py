@@ -9,8 +9,8 @@ from torch import nn
 from transformers import StaticCache
 
 from hf_gqa import Refusal, convert
-from hf_gqa.evaluate import speed
-from hf_gqa.evaluate.speed import Timing, allowed_decode_speedup, decode_step_bytes, measure_speed, read_and_decode
+from hf_gqa.evaluate.cost import speed
+from hf_gqa.evaluate.cost.speed import Timing, allowed_decode_speedup, decode_step_bytes, measure_speed, read_and_decode
 from hf_gqa.runtime.native_call import with_cache
 
 from .tiny_donors import SOME_MODEL_TYPES, VOCAB_SIZE, tiny_donor, tokens_and_mask

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from hf_gqa.evaluate import lm_eval_tasks
-from hf_gqa.evaluate.bootstrap import Bootstrap, expanded_tail
-from hf_gqa.evaluate.lm_eval_tasks import check_tasks, equivalent_command, run_tasks
 from hf_gqa.evaluate.local_tasks import HERE, local_task_names, write_local_tasks
+from hf_gqa.evaluate.quality.bootstrap import Bootstrap, expanded_tail
+from hf_gqa.evaluate.tasks import lm_eval_tasks
+from hf_gqa.evaluate.tasks.lm_eval_tasks import check_tasks, equivalent_command, run_tasks
 from hf_gqa.refusal import Refusal
 
 from .tiny_donors import tiny_donor

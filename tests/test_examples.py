@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_gqa.evaluate.page import make_page
+from hf_gqa.evaluate.page.page import make_page
 from hf_gqa.evaluate.report import Report
 from hf_gqa.export.card_lint import lint_card
 from tests import warm_process

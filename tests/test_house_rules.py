@@ -4,7 +4,6 @@ import ast
 import inspect
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,97 +14,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import hf_gqa
 
+from .house_floors import FILES, PACKAGE, breaches, imports_of, name_of, short
 
-PACKAGE = Path(hf_gqa.__file__).parent
+
 TESTS = Path(__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = {
-    **{"runtime": 0, "weights": 1, "methods": 2, "sharing": 2, "convert": 3, "text": 3},
-    **{"evaluate": 4, "uptrain": 4, "analyze": 5, "export": 5, "workflow": 6, "cli": 7},
-}
-FOR_ALL_BUT_RUNTIME = {
-    "evaluating",
-    "progress_bar",
-    "human_units",
-    "reading",
-    "recipe",
-    "refusal",
-    "registry",
-    "staging",
-}
-PLUGINS = re.compile(
-    r"hf_gqa\.(methods|sharing|uptrain\.objectives|convert\.relatives|evaluate\.retrieval|runtime\.modeling_gqa_\w+)"
-    r"(\.\w+)?"
-)
-PLUGIN_PACKAGES = {
-    *("hf_gqa.methods", "hf_gqa.sharing", "hf_gqa.uptrain.objectives"),
-    *("hf_gqa.convert.relatives", "hf_gqa.evaluate.retrieval"),
-}
-TRAINING_LIBRARIES = {"peft", "accelerate", "datasets"}
 SHIPPED_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 40
-
-
-def name_of(file: Path) -> str:
-    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(file): file for file in FILES}
-
-
-def short(file: Path) -> str:
-    return str(file.relative_to(PACKAGE))
-
-
-def imports_of(file: Path) -> list[tuple[int, str]]:
-    """(line, absolute name of the module) of every import in the file, at the top or inside a function."""
-    package = name_of(file) if file.name == "__init__.py" else name_of(file).rpartition(".")[0]
-    found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-            found += [(node.lineno, name if name in MODULES else module) for name in names]
-    return sorted(set(found))
-
-
-def first_below(module: str) -> str:
-    """hf_gqa.convert.plan -> convert; nothing for the package itself."""
-    return [*module.split("."), ""][1]
-
-
-def floor_breach(importer: str, imported: str) -> str | None:
-    """Why `importer` may not import `imported`; both are modules of hf_gqa."""
-    here, there = first_below(importer), first_below(imported)
-    if here in ("", there):
-        return None  # the front page may show everything
-    if here in FOR_ALL_BUT_RUNTIME:
-        return None if there in FOR_ALL_BUT_RUNTIME else "what all floors use stands on none of them"
-    if there in FOR_ALL_BUT_RUNTIME:
-        return "is not shipped" if here == "runtime" else None
-    if there == "":
-        return None if here == "cli" else "only the front door knows the front page"
-    if here not in FLOORS or there not in FLOORS:
-        return "is on no floor"
-    return None if FLOORS[there] < FLOORS[here] else "goes up or sideways"
-
-
-def breaches(importer: str, file: Path) -> list[str]:
-    found = []
-    for line, imported in imports_of(file):
-        library, floor = imported.partition(".")[0], FLOORS.get(first_below(importer))
-        reason = floor_breach(importer, imported) if library == "hf_gqa" else None
-        if library in TRAINING_LIBRARIES and floor not in (3, 4, 5):
-            reason = "belongs on floors 3 to 5"
-        if PLUGINS.fullmatch(imported) and imported not in PLUGIN_PACKAGES:
-            reason = "a plug-in is asked for in its registry"
-        if reason:
-            found.append(f"{short(file)}:{line}: imports {imported}: {reason}")
-    return found
 
 
 @pytest.mark.parametrize("file", FILES, ids=short)
@@ -128,7 +42,11 @@ def test_imports_go_down(file):
         ("convert/target.py", "from .relatives.gpt2 import RELATIVE"),
         ("convert/target.py", "from .relatives import gpt2"),
         ("evaluate/__init__.py", "from hf_gqa.uptrain import callback"),
-        ("evaluate/recall.py", "from .retrieval.passkey import TASK"),
+        ("evaluate/tasks/recall.py", "from ..retrieval.passkey import TASK"),
+        ("evaluate/report/verdict.py", "from ..page.page import make_page"),
+        ("evaluate/page/page.py", "from ..quality.bootstrap import Bootstrap"),
+        ("evaluate/cost/speed.py", "from ..evaluation import evaluate"),
+        ("evaluate/cost/speed.py", "from .. import evaluate"),
         ("export/verify.py", "from .. import __version__"),
         ("cli/convert.py", "import datasets"),
         ("registry.py", "from .convert.plan import ConversionPlan"),

@@ -13,10 +13,11 @@ from markdown_it import MarkdownIt
 from hf_gqa import Refusal, convert_checkpoint
 from hf_gqa.export import card_lint, model_card
 from hf_gqa.export.card_lint import lint_card
-from hf_gqa.export.card_tables import number, tables
+from hf_gqa.export.card_tables import tables
 from hf_gqa.export.licence import find_licence, licence_of_donor
 from hf_gqa.export.markdown import block, code, plain
 from hf_gqa.export.model_card import TEMPLATE, card_of, make_card, report_sha256
+from hf_gqa.human_units import number
 
 from .sample_report import sample_report
 from .test_bad_input import assert_one_message, run_cli, write_donor

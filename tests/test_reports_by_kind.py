@@ -23,10 +23,10 @@ from transformers import (
 
 from hf_gqa.cli.report_tables import print_report
 from hf_gqa.convert.model_kind import kind_of, why_no_kind
-from hf_gqa.evaluate.opened import positions
-from hf_gqa.evaluate.page import make_page
+from hf_gqa.evaluate.inputs.opened import positions
+from hf_gqa.evaluate.page.page import make_page
 from hf_gqa.evaluate.report import Report
-from hf_gqa.evaluate.verdict import verdict
+from hf_gqa.evaluate.report.verdict import verdict
 from hf_gqa.export.card_lint import lint_card
 from hf_gqa.export.licence import Licence
 from hf_gqa.export.model_card import card_of

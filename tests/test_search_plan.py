@@ -10,7 +10,7 @@ from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 from hf_gqa.convert.calibration import Calibration, calibrate
 from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.convert.surgery import layer_heads
-from hf_gqa.evaluate.quality import score
+from hf_gqa.evaluate.quality.token_scores import score
 from hf_gqa.workflow.choose_method import CANDIDATES, choose_method
 from hf_gqa.workflow.head_budget import allot_heads
 from hf_gqa.workflow.rows_as_windows import rows_as_windows

@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_gqa import Refusal, convert, open_donor
-from hf_gqa.evaluate.seq2seq_cache import measured_cache_bytes_of_a_token
+from hf_gqa.evaluate.cost.seq2seq_cache import measured_cache_bytes_of_a_token
 from hf_gqa.runtime.native_call import cache_in, with_cache
 from hf_gqa.workflow.recommend import recommend
 from hf_gqa.workflow.serving import Wanted

@@ -21,7 +21,7 @@ from transformers import (
 from hf_gqa.convert.donor import Donor
 from hf_gqa.convert.model_kind import kind_of
 from hf_gqa.evaluate import evaluation
-from hf_gqa.evaluate.opened import Pair
+from hf_gqa.evaluate.inputs.opened import Pair
 
 from .tiny_tokenizer import LETTERS
 

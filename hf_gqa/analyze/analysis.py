@@ -14,8 +14,8 @@ from ..convert.calibration import fingerprint
 from ..convert.donor import Donor, open_donor
 from ..convert.student import load_tokenizer
 from ..convert.target import choose_target
-from ..evaluate.bootstrap import Bootstrap
-from ..evaluate.opened import device_of
+from ..evaluate.inputs.opened import device_of
+from ..evaluate.quality.bootstrap import Bootstrap
 from ..progress_bar import progress_bar
 from ..text.source import keep_bars_on_terminals
 from .borrowing import RowScores, Sharing, measure_sharings

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..evaluate.quality import compare
+from ..evaluate.quality.token_scores import compare
 from ..evaluating import evaluating
 from ..refusal import Refusal
 from ..runtime.attention_layout import AttentionLayout

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from ..refusal import Refusal
-from ..staging import staged_folder
+from ..staging import check_folder_of, staged_folder
 from .heatmap import draw_heatmap
 from .result import HEATMAP_FILE, PLAN_FILE, RESULT_FILE, AnalysisResult
 
@@ -15,15 +14,7 @@ FILES = (RESULT_FILE, HEATMAP_FILE, PLAN_FILE)
 
 def check_analysis_folder(output: Path, overwrite: bool) -> None:
     """Refuse an output that exists, or that is not an analysis's to replace."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise Refusal(f"{output}: exists and is not a folder. Give another output.")
-    if not overwrite:
-        raise Refusal(f"{output}: exists. Give another output, or --overwrite to replace it.")
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in FILES)
-    if foreign:
-        raise Refusal(f"{output}: holds '{foreign[0]}', which is no analysis's, so --overwrite would lose it. Move it.")
+    check_folder_of(output, overwrite, FILES, "analysis")
 
 
 def write_analysis(result: AnalysisResult, output: Path, *, overwrite: bool = False) -> None:

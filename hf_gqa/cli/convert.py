@@ -1,5 +1,6 @@
 """hf-gqa convert: explain the plan, then write the student."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def _convert(
         found = plan.search(donor, known)
         plan = found.plan
     explanation = explain(donor, plan, choose_target(donor, plan))
-    explanation.notes.extend(_memory_notes(donor, plan, *text))
+    explanation = replace(explanation, notes=(*explanation.notes, *_memory_notes(donor, plan, *text)))
     choice = found and found.to_dict()
     if not json:
         _print_plan(explanation, output, found)

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from ..convert.donor import open_donor
 from ..evaluate.evaluation import Evaluation
+from ..evaluate.page.write_report import check_report_folder, write_report
 from ..evaluate.recipe import DTYPES, EvaluationRecipe
 from ..evaluate.report import PAGE_FILE, REPORT_FILE
-from ..evaluate.write_report import check_report_folder, write_report
 from ..human_units import human_bytes
 from .options import Json, Revision, TrustRemoteCode, WeightsOnly
 from .printing import console, errors_as_messages, print_json

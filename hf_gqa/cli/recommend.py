@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from ..convert.donor import open_donor
-from ..evaluate.memory import parse_memory
+from ..evaluate.cost.memory import parse_memory
 from ..human_units import human_bytes
 from ..workflow.recommend import Recommendation
 from ..workflow.recommend import recommend as compare

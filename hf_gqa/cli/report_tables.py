@@ -2,42 +2,19 @@
 
 from rich.table import Table
 
-from ..evaluate.page_tables import (
-    Rows,
-    by_context_table,
-    by_source_length_table,
-    capacity_table,
-    encoding_speed_table,
-    main_table,
-    retrieval_table,
-    rouge_table,
-    speed_table,
-    tasks_table,
-)
 from ..evaluate.report import Report
-from ..evaluate.verdict import verdict
+from ..evaluate.report.donor_and_student import quality_and_cost
+from ..evaluate.report.table import Cells, cells_of
+from ..evaluate.report.tables import TABLES
+from ..evaluate.report.verdict import verdict
 from .printing import console
-
-
-SECTIONS = {
-    "": main_table,
-    "by tokens of context": by_context_table,
-    "by tokens of the source": by_source_length_table,
-    "ROUGE of what they write": rouge_table,
-    "recall": retrieval_table,
-    "tasks, ± standard error": tasks_table,
-    "speed": speed_table,
-    "speed of reading": encoding_speed_table,
-    "tokens that fit beside the weights": capacity_table,
-}
 
 
 def print_report(report: Report) -> None:
     """Sections without data are left out."""
     out = console()
     out.print()
-    for title, rows_of in SECTIONS.items():
-        rows = rows_of(report)
+    for title, rows in (("", quality_and_cost(report)), *((each.title, cells_of(each, report)) for each in TABLES)):
         if rows.rows:
             out.print(table_of(rows, title))
     for note in report.notes:
@@ -45,7 +22,7 @@ def print_report(report: Report) -> None:
     out.print(verdict(report))
 
 
-def table_of(rows: Rows, title: str) -> Table:
+def table_of(rows: Cells, title: str) -> Table:
     """Numbers stand to the right, names to the left."""
     table = Table(title=title or None, title_justify="left")
     for number, name in enumerate(rows.header):

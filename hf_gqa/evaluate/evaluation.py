@@ -11,17 +11,17 @@ from ..convert.donor import Donor, open_donor
 from ..convert.model_kind import CAUSAL_LM, ENCODER, MASKED_LM, SEQ2SEQ
 from ..refusal import Refusal
 from ..text.source import keep_bars_on_terminals
-from .facts import model_facts, settings
-from .lm_eval_tasks import check_tasks
-from .measure_causal_lm import CausalLMMeasurement, folder_of_tasks
-from .measure_encoder import EncoderMeasurement
-from .measure_seq2seq import Seq2SeqMeasurement
-from .measured import Asked
-from .memory import parse_memory
-from .opened import Pair, open_pair
-from .peak_memory import peak_memory_bytes
+from .cost.memory import parse_memory
+from .cost.peak_memory import peak_memory_bytes
+from .inputs.opened import Pair, open_pair
+from .measuring.causal_lm import CausalLMMeasurement, folder_of_tasks
+from .measuring.encoder import EncoderMeasurement
+from .measuring.facts import model_facts, settings
+from .measuring.measured import Asked, MeasuredModel
+from .measuring.seq2seq import Seq2SeqMeasurement
 from .recipe import EvaluationRecipe
 from .report import FORMAT, ModelFacts, Report
+from .tasks.lm_eval_tasks import check_tasks
 
 
 MEASUREMENTS = {
@@ -97,7 +97,6 @@ class Evaluation:
         """
         found, pair = self.measurement.measure(), self.pair
         manifest = pair.opened_student.manifest
-        nothing = dict.fromkeys(("by_context", "retrieval", "tasks", "speed", "capacity", "continuations"), ())
         return Report(
             format=FORMAT,
             kind=pair.kind,
@@ -109,11 +108,11 @@ class Evaluation:
             recipe=None,
             command=self.command(),
             notes=(*pair.notes, *found.notes, *self.failed),
-            **nothing | found.report,
+            **{field.name: getattr(found.report, field.name) for field in fields(found.report)},
         )
 
-    def _facts(self, model: PreTrainedModel, name: str, folder: Path, measured: dict) -> ModelFacts:
-        return model_facts(model, name, self._peak_memory(folder, name), **measured)
+    def _facts(self, model: PreTrainedModel, name: str, folder: Path, measured: MeasuredModel) -> ModelFacts:
+        return model_facts(model, name, self._peak_memory(folder, name), measured)
 
     def _peak_memory(self, folder: Path, name: str) -> int | None:
         """A failure becomes a note: it is no reason to lose what was measured before."""

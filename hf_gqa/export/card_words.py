@@ -4,7 +4,7 @@ import yaml
 
 from ..convert.model_kind import CAUSAL_LM, ENCODER, MASKED_LM, SEQ2SEQ
 from ..evaluate.report import Report
-from ..evaluate.verdict import confidence
+from ..evaluate.report.verdict import confidence
 from ..human_units import heads_in_words, human_count, percent
 from ..runtime.layer_plan import LayerPlan
 from .licence import Licence

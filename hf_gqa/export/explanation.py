@@ -50,8 +50,8 @@ class Explanation:
     model_class: str
     before: dict
     after: dict
-    files: list[str]
-    notes: list[str]
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -97,8 +97,8 @@ def explain(donor: Donor, plan: ConversionPlan, target: Target) -> Explanation:
         model_class=target.model_class.__name__,
         before=before,
         after=after,
-        files=list(donor.tensors.shards),
-        notes=[*_notes(donor, plan, heads, before, after), *sharing_notes(target.rows, plan.shared_init)],
+        files=tuple(donor.tensors.shards),
+        notes=(*_notes(donor, plan, heads, before, after), *sharing_notes(target.rows, plan.shared_init)),
     )
 
 

@@ -12,8 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..convert.manifest import MANIFEST_FILE
 from ..convert.model_kind import AUTO_CLASSES
 from ..evaluate.report import PAGE_FILE, REPORT_FILE, Report
-from ..evaluate.verdict import confidence, verdict
-from ..evaluate.words import words_of
+from ..evaluate.report.verdict import confidence, verdict
+from ..evaluate.report.words import words_of
 from ..reading import read_json
 from ..refusal import Refusal
 from ..staging import replace_file

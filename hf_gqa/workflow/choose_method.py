@@ -14,7 +14,7 @@ from ..convert.calibration import calibrate
 from ..convert.donor import Donor, donor_from_model
 from ..convert.in_memory import convert
 from ..convert.plan import ConversionPlan
-from ..evaluate.quality import score
+from ..evaluate.quality.token_scores import score
 from ..refusal import Refusal
 from .rows_as_windows import rows_as_windows
 

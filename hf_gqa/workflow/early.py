@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from ..convert.donor import Donor
-from ..evaluate.lm_eval_tasks import check_tasks
-from ..evaluate.measured import longest_context
-from ..evaluate.memory import parse_memory
-from ..evaluate.opened import device_of
+from ..evaluate.cost.memory import parse_memory
+from ..evaluate.inputs.opened import device_of
+from ..evaluate.measuring.measured import longest_context
 from ..evaluate.recipe import EvaluationRecipe
+from ..evaluate.tasks.lm_eval_tasks import check_tasks
 from ..refusal import Refusal
 from ..text.source import TextSource, check_source
 from ..uptrain.recipe import UptrainRecipe

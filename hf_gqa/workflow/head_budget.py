@@ -16,7 +16,7 @@ from ..convert.layer_conversion import converted_layer
 from ..convert.layer_run import put_heads
 from ..convert.plan import ConversionPlan, legal_targets
 from ..convert.surgery import layer_heads
-from ..evaluate.quality import score
+from ..evaluate.quality.token_scores import score
 from ..export.explanation import stored_dtype
 from ..methods import METHODS
 from ..progress_bar import progress_bar

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..evaluate.windows import Window
+from ..evaluate.inputs.windows import Window
 
 
 def rows_as_windows(rows_NL: torch.Tensor) -> list[Window]:

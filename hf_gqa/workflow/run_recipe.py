@@ -14,9 +14,9 @@ from ..convert.donor import Donor, open_donor
 from ..convert.plan import ConversionPlan
 from ..convert.target import choose_target
 from ..evaluate.evaluation import Evaluation
+from ..evaluate.page.write_report import write_report
 from ..evaluate.recipe import EvaluationRecipe
 from ..evaluate.report import PAGE_FILE, Report
-from ..evaluate.write_report import write_report
 from ..export.calibration_text import DEFAULT_TOKENS, calibration_text
 from ..export.explanation import explain
 from ..export.licence import find_licence, licence_of_donor

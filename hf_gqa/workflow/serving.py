@@ -6,9 +6,9 @@ from transformers import PretrainedConfig
 
 from ..convert.cache_bytes import cache_bytes_computed, cached_heads
 from ..convert.donor import Donor
-from ..evaluate.memory import context_that_fits, working_bytes
-from ..evaluate.seq2seq_cache import cache_bytes_of_a_token, seq2seq_heads
-from ..evaluate.seq2seq_memory import encoding_bytes, source_that_fits, step_bytes
+from ..evaluate.cost.memory import context_that_fits, working_bytes
+from ..evaluate.cost.seq2seq_cache import cache_bytes_of_a_token, seq2seq_heads
+from ..evaluate.cost.seq2seq_memory import encoding_bytes, source_that_fits, step_bytes
 from ..export.explanation import stored_dtype
 from ..refusal import Refusal
 

@@ -13,9 +13,9 @@ from ..convert.model_kind import CAUSAL_LM, ENCODER, kind_of
 from ..convert.plan import ConversionPlan
 from ..convert.target import choose_target
 from ..evaluate.evaluation import Evaluation
+from ..evaluate.page.write_report import write_report
 from ..evaluate.recipe import EvaluationRecipe
 from ..evaluate.report import Report
-from ..evaluate.write_report import write_report
 from ..export.calibration_text import make_calibration
 from ..export.write_student import convert_checkpoint
 from ..reading import read_json

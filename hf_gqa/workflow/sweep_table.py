@@ -11,8 +11,8 @@ from pathlib import Path
 from ..convert.donor import Donor
 from ..convert.manifest import donor_identity
 from ..convert.plan import ConversionPlan
-from ..evaluate.from_json import value_of
 from ..evaluate.report import Interval, ModelFacts, Report, Speed
+from ..evaluate.report.from_json import value_of
 from ..reading import read_json
 from ..refusal import Refusal
 

@@ -10,7 +10,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from ...registry import Registry
-from ..windows import prefix_token, token_ids
+from ..inputs.windows import prefix_token, token_ids
 
 
 RETRIEVAL = Registry(__name__, "recall task", "TASK")

@@ -1,0 +1,1 @@
+"""What a conversion bought: cache, memory and speed of donor and student."""

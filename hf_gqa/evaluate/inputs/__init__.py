@@ -1,0 +1,1 @@
+"""What is read: the two models, and the text as documents, windows or pairs."""

@@ -1,0 +1,1 @@
+"""What is measured of each kind of model, a file each, and what all of them share."""

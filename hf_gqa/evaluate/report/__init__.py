@@ -1,0 +1,46 @@
+"""What a report says: its values, its words, its verdict and its tables, before anything shows them."""
+
+from .values import (
+    FORMAT,
+    PAGE_FILE,
+    REPORT_FILE,
+    Capacity,
+    ContextLoss,
+    Continuation,
+    Differences,
+    Embeddings,
+    EncodingSpeed,
+    Interval,
+    ModelFacts,
+    Report,
+    Retrieval,
+    Rouge,
+    Settings,
+    SourceLengthLoss,
+    Speed,
+    TaskScore,
+    TextFacts,
+)
+
+
+__all__ = [
+    "FORMAT",
+    "PAGE_FILE",
+    "REPORT_FILE",
+    "Capacity",
+    "ContextLoss",
+    "Continuation",
+    "Differences",
+    "Embeddings",
+    "EncodingSpeed",
+    "Interval",
+    "ModelFacts",
+    "Report",
+    "Retrieval",
+    "Rouge",
+    "Settings",
+    "SourceLengthLoss",
+    "Speed",
+    "TaskScore",
+    "TextFacts",
+]
