@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from tests import warm_process
 
 
 torch.set_num_threads(1)
+SHARED = {file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("test_")}
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in SHARED - {"__init__", "conftest", "warm_process"}))
 
 
 @pytest.hookimpl(tryfirst=True)

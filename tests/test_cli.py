@@ -18,8 +18,9 @@ from hf_gqa.cli.printing import cache_in_words, heads_and_layers_in_words
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 from hf_gqa.human_units import human_bytes, human_count
 
+from .command_line import assert_one_message, run_cli
 from .covering import each_value
-from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
+from .donor_folders import files_of, write_donor
 from .tiny_donors import MODEL_TYPES, NUM_LAYERS, of_each_storage, tiny_donor
 
 

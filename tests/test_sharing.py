@@ -21,6 +21,7 @@ from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 from hf_gqa.runtime.native_call import with_cache
 
+from .conformance import assert_close_for_float32, assert_same_tensors, every_attention, logits_of
 from .sharing_students import (
     CASES,
     DEPTH,
@@ -31,8 +32,7 @@ from .sharing_students import (
     oracle_of,
     sharing_student,
 )
-from .test_conformance import assert_close_for_float32, assert_same_tensors, every_attention, logits_of
-from .test_in_memory_equals_on_disk import ONE_TENSOR_EACH, assert_same_student, stored, written
+from .students_on_disk import ONE_TENSOR_EACH, assert_same_student, stored, written
 from .tiny_donors import UNTIED_ENCODERS, tokens_and_mask
 
 
