@@ -56,6 +56,8 @@ quality: $(VENV)/ready
 
 # Two processes with a thread each: threads of tiny models would wait for each other.
 test-all test-fast test-slow test-oldest test-newest: export OMP_NUM_THREADS := 1
+# Whoever collects, and every process that a test starts, would compile the same modules again.
+test-all test-fast test-slow test-oldest test-newest: export PYTHONDONTWRITEBYTECODE :=
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -25,10 +25,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
-def pytest_collection_finish():
-    """What was imported and collected stays: Trainer collects garbage often, and shall not look there."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays: neither collecting tests nor Trainer, which often does, looks for garbage there."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def verify_in_warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
