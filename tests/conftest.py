@@ -14,6 +14,9 @@ from tests import warm_process
 torch.set_num_threads(1)
 SHARED = {file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("test_")}
 pytest.register_assert_rewrite(*(f"tests.{name}" for name in SHARED - {"__init__", "conftest", "warm_process"}))
+# Tensors without values need no random ones: torch would work out the shape of each in Python, a third of a conversion.
+ON_META = torch.library.Library("aten", "IMPL")
+ON_META.impl("normal_", lambda tensor, *args, **kwargs: tensor, "Meta", allow_override=True)
 
 
 @pytest.hookimpl(tryfirst=True)
