@@ -22,7 +22,10 @@ ON_META.impl("normal_", lambda tensor, *args, **kwargs: tensor, "Meta", allow_ov
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """What a module makes once is made by one worker (`--dist loadgroup`); all other tests go to whoever is free."""
+    donors = sys.modules.get("tests.tiny_donors")  # where no test needs one, none is about families
     for item in items:
+        if donors is not None and donors.is_of_another_alone(getattr(item, "callspec", None)):
+            item.add_marker("another")
         made = (definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values())
         if "module" in made:
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))

@@ -187,6 +187,7 @@ def test_errors_are_one_message_and_json_when_asked(tmp_path, donor, command, co
     assert json.loads(as_json.stdout) == {"error": result.stderr.removeprefix("hf-gqa: ").removesuffix("\n")}
 
 
+@pytest.mark.slow
 def test_command_is_a_process_with_an_exit_code(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", "from hf_gqa.cli import main; main()", "inspect", str(tmp_path / "missing")],

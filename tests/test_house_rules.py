@@ -381,6 +381,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_new_method_and_new_family_are_one_new_file_each(tmp_path):
     package = shutil.copytree(PACKAGE, tmp_path / "copy/hf_gqa", ignore=shutil.ignore_patterns("__pycache__"))
     method = (package / "methods/first.py").read_text(encoding="utf-8")

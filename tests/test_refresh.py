@@ -181,6 +181,7 @@ def test_a_second_time_there_is_nothing_to_do(name, refreshed):
     assert not refresh(folder).is_needed and files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_decodes_right_again(refreshed, tmp_path):
     """In a process without hf_gqa: with a cache as without one, and what hf_gqa 0.1.0 computed on transformers 5.23."""
     jobs = [
