@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import pkgutil
+from functools import cached_property
 from types import ModuleType
 
 from .refusal import Refusal
@@ -22,6 +23,11 @@ class Registry:
         self.package, self.kind, self.attribute, self.prefix = package, kind, attribute, prefix
 
     def names(self) -> list[str]:
+        return list(self._names)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """A conversion asks a dozen times: the folder is read once."""
         modules = pkgutil.iter_modules(importlib.import_module(self.package).__path__)
         return sorted(m.name.removeprefix(self.prefix) for m in modules if m.name.startswith(self.prefix))
 

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,21 +12,34 @@ from tests import warm_process
 
 
 torch.set_num_threads(1)
+SHARED = {file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("test_")}
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in SHARED - {"__init__", "conftest", "warm_process"}))
+# Tensors without values need no random ones: torch would work out the shape of each in Python, a third of a conversion.
+ON_META = torch.library.Library("aten", "IMPL")
+ON_META.impl("normal_", lambda tensor, *args, **kwargs: tensor, "Meta", allow_override=True)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """What a module makes once is made by one worker (`--dist loadgroup`); all other tests go to whoever is free."""
+    donors = sys.modules.get("tests.tiny_donors")  # where no test needs one, none is about families
     for item in items:
+        if donors is not None and donors.is_of_another_alone(getattr(item, "callspec", None)):
+            item.add_marker("another")
         made = (definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values())
         if "module" in made:
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
-def pytest_collection_finish():
-    """What was imported and collected stays: Trainer collects garbage often, and shall not look there."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays: neither collecting tests nor Trainer, which often does, looks for garbage there."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def verify_in_warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:

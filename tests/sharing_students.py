@@ -1,8 +1,10 @@
 """Students whose layers share, of every family, and the donor that is made to compute the same: by hooks, in its own class."""
 
+import copy
 import functools
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from hf_gqa import convert
@@ -11,6 +13,7 @@ from hf_gqa.convert.families import load_family
 from hf_gqa.export.sharing_oracle import share_layers
 from hf_gqa.runtime.layer_plan import read_rows
 
+from .conformance import logits_of
 from .tiny_donors import (
     MODEL_TYPES,
     NUM_ATTENTION_HEADS,
@@ -76,14 +79,24 @@ def _student(model_type: str, plan: str, **changes) -> PreTrainedModel:
 
 def oracle_of(model_type: str, plan: str, attention: str = "sdpa", **changes) -> PreTrainedModel:
     """The donor whose borrowers' projections are overwritten; merged heads are repeated until it has as many as before."""
-    donor = deep_donor(model_type, **changes)
-    student = sharing_student(model_type, plan, attention, **changes)
-    rows = read_rows(student.config)
-    heads = rows[0].num_key_value_heads
-    if heads != NUM_ATTENTION_HEADS:
-        merged = convert(donor, num_key_value_heads=heads, export="bundle")
-        donor = convert(merged, num_key_value_heads=NUM_ATTENTION_HEADS, method="expand")
+    rows = read_rows(sharing_student(model_type, plan, attention, **changes).config)
+    donor = copy.deepcopy(_donor_of_merged_heads(model_type, rows[0].num_key_value_heads, **changes))
     opened = donor_from_model(donor)
     share_layers(donor, opened.layout, rows, opened.head_dim, PLANS[plan].get("shared_init", "own"))
     use_attention(donor, attention)
     return donor
+
+
+@functools.cache
+def _donor_of_merged_heads(model_type: str, num_key_value_heads: int, **changes) -> PreTrainedModel:
+    donor = deep_donor(model_type, **changes)
+    if num_key_value_heads == NUM_ATTENTION_HEADS:
+        return donor
+    merged = convert(donor, num_key_value_heads=num_key_value_heads, export="bundle")
+    return convert(merged, num_key_value_heads=NUM_ATTENTION_HEADS, method="expand")
+
+
+@functools.cache
+def plain_logits(model_type: str) -> torch.Tensor:
+    """Of the donor whose layers do not share."""
+    return logits_of(deep_donor(model_type), padded=True)

@@ -10,8 +10,8 @@ from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 from hf_gqa.uptrain.layer_matching import LayerOutputs
 
-from .test_conformance import assert_same_tensors, logits_of
-from .test_conformance_oracle import assert_same_logits
+from .conformance import assert_same_tensors, logits_of
+from .oracle import assert_same_logits
 from .tiny_donors import tiny_donor, use_attention
 
 

@@ -17,7 +17,8 @@ from hf_gqa.analyze.solver import nearest_owners
 from hf_gqa.cli.analyze import duration, verdict
 from hf_gqa.convert.plan import ConversionPlan
 
-from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
+from .command_line import assert_one_message, run_cli
+from .donor_folders import files_of, write_donor
 from .tiny_donors import tiny_donor
 from .tiny_tokenizer import letter_tokenizer
 

@@ -9,8 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_gqa.runtime.grouped_attention import grouped_sdpa
 
-from .test_conformance import assert_close_for_float32, every_family, logits_of
-from .test_conformance_decoding import generate, student_of
+from .conformance import assert_close_for_float32, every_family, logits_of
+from .decoding import generate, student_of
 from .tiny_donors import tokens_and_mask
 
 

@@ -1,77 +1,15 @@
-"""Plans and configurations that must be refused: one message, exit code 2, nothing written, the donor untouched.
+"""Plans and configurations that must be refused: one message, exit code 2, nothing written, the donor untouched."""
 
-The first half of the file is what the other tests of bad input share.
-"""
-
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
-from transformers.utils import logging
-from typer.testing import CliRunner
 
 from hf_gqa import ConversionPlan, Refusal
-from hf_gqa.cli import app
 from hf_gqa.convert.families import FAMILIES
 from hf_gqa.convert.plan import check_plan
 
-from .tiny_donors import tiny_donor
-
-
-def write_donor(folder: Path, model_type: str = "llama", num_key_value_heads: int = 4, **changes) -> Path:
-    tiny_donor(model_type, num_key_value_heads, **changes).save_pretrained(folder)
-    return folder
-
-
-def write_sharded_donor(folder: Path, model_type: str = "llama", **changes) -> Path:
-    tiny_donor(model_type, **changes).save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 3
-    return folder
-
-
-def edit_json(path: Path, remove: tuple[str, ...] = (), **changes) -> None:
-    values = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if key not in remove}), encoding="utf-8")
-
-
-def files_of(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file below the folder: its hash and when it was last written."""
-    return {
-        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def run_cli(*arguments):
-    """The command in this process; transformers' logging, which the command quietens, is put back."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    try:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def assert_one_message(result, exit_code: int, *words: str) -> None:
-    """The exit code, no traceback, and one line on stderr that holds all the words."""
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == exit_code, result.stderr
-    assert result.stderr.startswith("hf-gqa: ") and result.stderr.count("\n") == 1, result.stderr
-    for word in words:
-        assert word in result.stderr, f"{word!r} is not in {result.stderr!r}"
-
-
-def assert_refused(donor, tmp_path: Path, *words: str, options: tuple = (), heads: int | str = 2) -> None:
-    """`convert` refuses with these words, and leaves the disk as it was."""
-    output = tmp_path / "new" / "student"
-    before = files_of(tmp_path)
-    result = run_cli("convert", donor, output, "--num-key-value-heads", heads, *options)
-    assert_one_message(result, 2, *words)
-    assert files_of(tmp_path) == before
-    assert not output.parent.exists()
+from .command_line import assert_one_message, assert_refused, run_cli
+from .donor_folders import edit_json, write_donor
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 from transformers.models.auto import modeling_auto
 
-from .test_bad_input import assert_one_message, assert_refused, edit_json, files_of, run_cli, write_donor
+from .command_line import assert_one_message, assert_refused, run_cli
+from .donor_folders import edit_json, files_of, write_donor
 
 
 CODE = """

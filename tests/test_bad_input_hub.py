@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from .test_bad_input import assert_refused, files_of, run_cli, write_donor, write_sharded_donor
+from .command_line import assert_refused, run_cli
+from .donor_folders import files_of, write_donor, write_sharded_donor
 
 
 COMMIT, OLDER = "0123456789abcdef" * 2 + "01234567", "f" * 40

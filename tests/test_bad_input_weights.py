@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_gqa.cli.printing import SYSTEM_FAILED
 
-from .test_bad_input import assert_one_message, assert_refused, edit_json, files_of, run_cli, write_donor
-from .test_bad_input import write_sharded_donor as sharded_donor
+from .command_line import assert_one_message, assert_refused, run_cli
+from .donor_folders import edit_json, files_of, write_donor
+from .donor_folders import write_sharded_donor as sharded_donor
 
 
 INDEX = "model.safetensors.index.json"

@@ -16,10 +16,10 @@ import hf_gqa.runtime
 from hf_gqa import convert, convert_checkpoint
 from hf_gqa.convert.families import FAMILIES, load_family
 
+from .conformance import assert_same_tensors, every_family
 from .sharing_students import sharing_student
-from .test_conformance import assert_same_tensors, every_family
-from .test_runtime import uneven_student
 from .tiny_donors import MODEL_TYPES, tiny_donor, tokens_and_mask
+from .uneven_students import uneven_student
 
 
 RUNTIME_FOLDER = Path(hf_gqa.runtime.__file__).parent

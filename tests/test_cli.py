@@ -18,8 +18,9 @@ from hf_gqa.cli.printing import cache_in_words, heads_and_layers_in_words
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 from hf_gqa.human_units import human_bytes, human_count
 
+from .command_line import assert_one_message, run_cli
 from .covering import each_value
-from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
+from .donor_folders import files_of, write_donor
 from .tiny_donors import MODEL_TYPES, NUM_LAYERS, of_each_storage, tiny_donor
 
 
@@ -186,6 +187,7 @@ def test_errors_are_one_message_and_json_when_asked(tmp_path, donor, command, co
     assert json.loads(as_json.stdout) == {"error": result.stderr.removeprefix("hf-gqa: ").removesuffix("\n")}
 
 
+@pytest.mark.slow
 def test_command_is_a_process_with_an_exit_code(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", "from hf_gqa.cli import main; main()", "inspect", str(tmp_path / "missing")],

@@ -12,8 +12,8 @@ from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 from hf_gqa.runtime.native_call import with_cache
 
-from .test_conformance import assert_close_for_float32, assert_same_tensors
-from .test_conformance_oracle import mean_of
+from .conformance import assert_close_for_float32, assert_same_tensors
+from .oracle import mean_of
 from .tiny_donors import fill_with_noise, tiny_config
 
 

@@ -11,8 +11,8 @@ from hf_gqa import Refusal, convert, convert_checkpoint
 from hf_gqa.convert.composites import COMPOSITES
 from hf_gqa.runtime.native_call import with_cache
 
-from .test_conformance import assert_close_for_float32, assert_same_tensors
-from .test_conformance_oracle import mean_of
+from .conformance import assert_close_for_float32, assert_same_tensors
+from .oracle import mean_of
 from .tiny_donors import fill_with_noise, tiny_config
 
 

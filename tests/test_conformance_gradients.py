@@ -7,8 +7,7 @@ from transformers import PreTrainedModel
 from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 
-from .covering import each_value
-from .test_conformance import (
+from .conformance import (
     ATTENTIONS,
     DROPOUTS,
     EXPORTS,
@@ -17,27 +16,10 @@ from .test_conformance import (
     every_model,
     has_native_gqa,
 )
-from .test_conformance_oracle import head_dim, key_norm_views, key_value_views
-from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, tiny_donor, tokens_and_mask, use_attention
-
-
-def gradients(model: PreTrainedModel, **kwargs) -> dict[str, torch.Tensor]:
-    """Of the language modelling loss, by parameter name; every parameter must have one."""
-    model.zero_grad()
-    tokens, mask = tokens_and_mask()
-    labels = tokens.masked_fill(mask == 0, -100)
-    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)  # what padding computes is undefined, so it predicts nothing
-    model(tokens, attention_mask=mask, labels=labels, **kwargs).loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    assert all(gradient.abs().max() > 0 for gradient in found.values())
-    return found
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Under its new name where there is one: the old one warns since transformers 5.23."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(**{enable.__name__.replace("_enable", "_kwargs"): {"use_reentrant": False}})
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+from .covering import each_value
+from .gradients import enable_checkpointing, gradients
+from .oracle import head_dim, key_norm_views, key_value_views
+from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, tiny_donor, use_attention
 
 
 def key_value_gradients(model: PreTrainedModel) -> dict[tuple[int, str, str], torch.Tensor]:

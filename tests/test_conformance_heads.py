@@ -19,8 +19,8 @@ from transformers import GPT2DoubleHeadsModel, PreTrainedModel
 from hf_gqa import Refusal, convert
 from hf_gqa.convert.families import load_family, native_class
 
-from .test_conformance import ATTENTIONS, assert_close_for_float32, assert_same_tensors, has_native_gqa
-from .test_conformance_oracle import overwrite_groups
+from .conformance import ATTENTIONS, assert_close_for_float32, assert_same_tensors, has_native_gqa
+from .oracle import overwrite_groups
 from .tiny_donors import (
     ENCODERS,
     MODEL_TYPES,

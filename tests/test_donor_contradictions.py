@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_gqa import convert_checkpoint, open_donor, verify
 
-from .test_bad_input import assert_refused, edit_json, write_donor, write_sharded_donor
+from .command_line import assert_refused
+from .donor_folders import edit_json, write_donor, write_sharded_donor
 
 
 def config_text(folder) -> str:

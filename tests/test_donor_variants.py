@@ -14,7 +14,8 @@ from transformers import (
 
 from hf_gqa import ConversionPlan, Refusal, convert, convert_checkpoint, open_donor, verify
 
-from .test_bad_input import assert_one_message, edit_json, run_cli
+from .command_line import assert_one_message, run_cli
+from .donor_folders import edit_json
 from .tiny_donors import tiny_config, tiny_donor, tokens_and_mask
 
 

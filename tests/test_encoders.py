@@ -12,9 +12,9 @@ from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 from hf_gqa.workflow.head_budget import check_budget_bytes
 
-from .test_bad_input import run_cli
-from .test_conformance import assert_close_for_float32, logits_of
-from .test_conformance_oracle import assert_same_logits
+from .command_line import run_cli
+from .conformance import assert_close_for_float32, logits_of
+from .oracle import assert_same_logits
 from .tiny_donors import ENCODERS, NUM_LAYERS, UNTIED_ENCODERS, tiny_donor, tokens_and_mask
 
 

@@ -13,7 +13,7 @@ from hf_gqa.evaluate.report import Report
 from hf_gqa.export.card_lint import lint_card
 from hf_gqa.export.model_card import make_card
 
-from .test_bad_input import assert_one_message, run_cli
+from .command_line import assert_one_message, run_cli
 from .tiny_text_models import tiny_bert, tiny_sentence_bert, tiny_t5, tokenizer_of_kind
 
 

@@ -18,7 +18,7 @@ from hf_gqa.evaluate.recipe import EvaluationRecipe
 from hf_gqa.evaluate.report import PAGE_FILE, REPORT_FILE, Report
 from hf_gqa.refusal import Refusal
 
-from .test_bad_input import assert_one_message, run_cli
+from .command_line import assert_one_message, run_cli
 from .tiny_donors import tiny_donor
 
 

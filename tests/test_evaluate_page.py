@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,39 +18,12 @@ from hf_gqa.evaluate.report import Differences, Interval
 from hf_gqa.evaluate.report.verdict import verdict
 from hf_gqa.refusal import Refusal
 
+from .balanced_page import Balanced
 from .sample_report import sample_report
 
 
-VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use", "rect", "circle", "line"}
 EVIL = "<script>document.title='run'</script>\"'><img src=x onerror=alert(1)> & `x` | $x$ \x00\x1b[31m"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-class Balanced(HTMLParser):
-    """Complains about tags that do not nest, and collects ids and what refers to somewhere."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.ids, self.links, self.tags = [], [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.ids += [value for name, value in attributes if name == "id"]
-        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
-        assert not any(name.startswith("on") for name, _ in attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
 
 
 def test_one_file_that_fetches_and_runs_nothing():

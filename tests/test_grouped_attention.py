@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from hf_gqa.runtime.grouped_attention import MOST_PACKED_TOKENS, grouped_sdpa, member_by_member
+
+from .allocations import Allocations, expanded
 
 
 DECODER = SimpleNamespace(is_causal=True)
@@ -216,28 +216,6 @@ def test_dropout_scales_what_it_keeps(groups):
     assert abs(late.mean().item() - 1) < 0.05 and late.std() > 0.1
     found.sum().backward()
     assert value.grad.isfinite().all()
-
-
-class Allocations(TorchDispatchMode):
-    """Every tensor that an operation makes, those within its inputs' memory aside: `[(operation, shape)]`."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        known = {each.untyped_storage().data_ptr() for each in inputs}
-        for each in tree_leaves(output):
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in known:
-                self.seen.append((str(function), tuple(each.shape)))
-        return output
-
-
-def expanded(seen, batch: int, heads: int, keys: int, head_dim: int) -> list:
-    """What has as many numbers as keys or values would have after repetition, or more."""
-    return [one for one in seen if torch.Size(one[1]).numel() >= batch * heads * keys * head_dim]
 
 
 PATHS = {

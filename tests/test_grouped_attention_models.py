@@ -23,9 +23,10 @@ import hf_gqa
 from hf_gqa.runtime.grouped_attention import grouped_sdpa
 from hf_gqa.runtime.native_call import with_cache
 
+from .allocations import Allocations, expanded
+from .conformance import EXPORTS, assert_close_for_float32, every_decoder_storage, every_family, logits_of
 from .covering import each_value
-from .test_conformance import EXPORTS, assert_close_for_float32, every_decoder_storage, every_family, logits_of
-from .test_conformance_decoding import (
+from .decoding import (
     CHUNKS,
     VARIED,
     assert_cached_equals_uncached,
@@ -34,7 +35,6 @@ from .test_conformance_decoding import (
     logits_in_chunks,
     student_of,
 )
-from .test_grouped_attention import Allocations, expanded
 from .tiny_donors import MODEL_TYPES, of_each_storage, tiny_donor, tokens_and_mask
 
 

@@ -2,10 +2,7 @@
 
 import ast
 import inspect
-import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,17 +11,16 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import hf_gqa
 
+from .fresh_process import TESTS, run_python
 from .house_floors import FILES, PACKAGE, breaches, imports_of, name_of, short
 
 
-TESTS = Path(__file__).parent
 SHIPPED_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 40
 
 
-@pytest.mark.parametrize("file", FILES, ids=short)
-def test_imports_go_down(file):
-    assert breaches(name_of(file), file) == []
+def test_imports_go_down():
+    assert [breach for file in FILES for breach in breaches(name_of(file), file)] == []
 
 
 @pytest.mark.parametrize(
@@ -55,6 +51,36 @@ def test_imports_go_down(file):
 def test_breach_is_noticed(monkeypatch, importer, line):
     monkeypatch.setattr(Path, "read_text", lambda path, encoding: line)
     assert len(breaches(name_of(PACKAGE / importer), PACKAGE / importer)) == 1
+
+
+def imported_test_modules(code: str) -> list[str]:
+    """What two test modules share stands in a third that is none, so that neither runs for the other's sake."""
+    parts = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            parts += [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            parts += [part for alias in node.names for part in alias.name.split(".")]
+    return [part for part in parts if (TESTS / f"{part}.py").is_file() and part.startswith("test_")]
+
+
+def test_no_test_module_is_imported():
+    found = {file.name: imported_test_modules(file.read_text(encoding="utf-8")) for file in TESTS.glob("*.py")}
+    assert len(found) > 100 and {name: modules for name, modules in found.items() if modules} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .test_house_rules import FLOORS",
+        "from . import covering, test_house_rules",
+        "from tests.test_house_rules import FLOORS as floors",
+        "import tests.test_house_rules as rules",
+        "def late():\n    from tests import test_house_rules",
+    ],
+)
+def test_imported_test_module_is_noticed(line):
+    assert imported_test_modules(line) == ["test_house_rules"]
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "runtime").glob("*.py")), ids=short)
@@ -137,40 +163,27 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return function.end_lineno - function.lineno + 1 - said
 
 
-@pytest.mark.parametrize(
-    "file", [*FILES, *sorted(TESTS.glob("*.py"))], ids=lambda file: f"{file.parent.name}/{file.name}"
-)
-def test_files_and_functions_are_short(file):
+def too_long_in(file: Path) -> list[str]:
     text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
+    where = f"{file.parent.name}/{file.name}"
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    too_long = [f.name for f in functions if code_lines(f) > MOST_LINES_OF_A_FUNCTION]
-    assert too_long == []
+    found = [f"{where}: {f.name}" for f in functions if code_lines(f) > MOST_LINES_OF_A_FUNCTION]
+    return [where, *found] if len(text.splitlines()) > MOST_LINES else found
 
 
-@pytest.mark.parametrize("file", FILES, ids=short)
-def test_module_says_what_it_is_for(file):
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+def test_files_and_functions_are_short():
+    assert [name for file in (*FILES, *TESTS.glob("*.py")) for name in too_long_in(file)] == []
+
+
+def test_modules_say_what_they_are_for():
+    silent = [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
+    assert list(map(short, silent)) == []
 
 
 @pytest.mark.parametrize("name", hf_gqa.__all__)
 def test_public_name_has_a_docstring(name):
     text = inspect.getdoc(getattr(hf_gqa, name))
     assert text and not text.startswith(f"{name}(")  # which dataclasses write themselves
-
-
-def run_python(code: str, *arguments, package: Path = PACKAGE, cwd: Path | None = None) -> dict:
-    """The JSON that `code` prints last, in a process of its own that finds hf_gqa and these tests."""
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": f"{package.parent}{os.pathsep}{TESTS.parent}", "HF_HUB_OFFLINE": "1"},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 BEFORE_AND_AFTER = """
@@ -295,6 +308,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_new_method_and_new_family_are_one_new_file_each(tmp_path):
     package = shutil.copytree(PACKAGE, tmp_path / "copy/hf_gqa", ignore=shutil.ignore_patterns("__pycache__"))
     method = (package / "methods/first.py").read_text(encoding="utf-8")

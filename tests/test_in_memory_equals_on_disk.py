@@ -6,18 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel
 
 from hf_gqa import convert, convert_checkpoint
 from hf_gqa.convert.families import load_family
 from hf_gqa.methods import METHODS, method_kind
 from hf_gqa.runtime.modeling_gqa_gpt2 import GQAGPT2ForCausalLM
 
-from .covering import each_value
-from .test_conformance import (
+from .conformance import (
     EXPORTS,
     HEAD_COUNT_METHODS,
     assert_same_tensors,
@@ -30,45 +27,12 @@ from .test_conformance import (
     in_bfloat16,
     logits_of,
 )
-from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, default_head, of_each_storage, tiny_donor
+from .covering import each_value
+from .students_on_disk import ONE_TENSOR_EACH, SEVERAL_EACH, assert_same_student, load, stored, written
+from .tiny_donors import ALL_MODEL_TYPES, MODEL_TYPES, of_each_storage, tiny_donor
 
 
 INDEX = "model.safetensors.index.json"
-ONE_TENSOR_EACH, SEVERAL_EACH = "1KB", "12KB"
-
-
-def written(model: PreTrainedModel, folder: Path, **kwargs) -> Path:
-    model.save_pretrained(folder, **kwargs)
-    return folder
-
-
-def stored(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it, read from the files themselves."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-        assert not found.keys() & set(names), "a tensor is stored twice"
-        found |= dict.fromkeys(names, file)
-    return found
-
-
-def load(folder: Path, auto_class=AutoModelForCausalLM) -> PreTrainedModel:
-    student, loading = auto_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    assert not any(loading.values()), loading
-    return student
-
-
-def assert_same_student(folder: Path, student: PreTrainedModel, auto_class=None) -> None:
-    default = default_head(student.config.model_type.removeprefix("gqa_"))
-    on_disk = load(folder, auto_class or getattr(transformers, default))
-    assert type(on_disk) is type(student)
-    assert on_disk.dtype == student.dtype
-    assert_same_tensors(on_disk.state_dict(), student.state_dict())
-    ours, theirs = on_disk.config.to_dict(), student.config.to_dict()
-    for field in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        ours.pop(field, None), theirs.pop(field, None)
-    assert ours == theirs
 
 
 def assert_index_is_right(folder: Path) -> None:

@@ -16,8 +16,8 @@ from hf_gqa.convert import calibration, heads_on_disk
 from hf_gqa.convert.calibration import calibrate
 from hf_gqa.convert.stored_model import StoredModel, why_loaded_whole
 
-from .test_bad_input import run_cli
-from .test_calibrated_conversion import rows
+from .alike_donors import rows
+from .command_line import run_cli
 from .tiny_donors import ENCODERS, MODEL_TYPES, of_each_storage, tiny_donor
 
 

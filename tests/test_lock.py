@@ -62,6 +62,11 @@ def transformers_range() -> Requirement:
     return Requirement(found)
 
 
+def test_both_pin_one_torch():
+    """`make test-oldest` leaves out what depends on torch alone."""
+    assert pins_in(read(NEWEST))["torch"] == pins_in(read(OLDEST))["torch"]
+
+
 @pytest.mark.parametrize("name", [NEWEST, OLDEST])
 def test_every_line_is_an_exact_pin_that_any_machine_can_find(name):
     text = read(name)

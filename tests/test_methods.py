@@ -1,7 +1,7 @@
 """Every conversion method keeps the promise of its kind; a new method is tested by existing."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.output_moments import OutputMoments
 from hf_gqa.weights.query_fit import AttentionRows
 
+from .random_heads import random_heads, tensors_of
+
 
 # The baseline that forgets the donor: no promise about what the heads said.
 FORGETFUL = {"random_init"}
@@ -22,22 +24,6 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def of_kind(*kinds: str) -> list[str]:
     return [name for name in METHODS.names() if method_kind(name) in kinds]
-
-
-def random_heads(H=4, K=4, D=6, E=10, bias=True, dtype=torch.float32, seed=0) -> AttentionWeights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    biases = {"query_bias_HD": (H, D), "key_bias_KD": (K, D), "value_bias_KD": (K, D), "output_bias_E": (E,)}
-    return AttentionWeights(
-        query_HDE=draw(H, D, E),
-        key_KDE=draw(K, D, E),
-        value_KDE=draw(K, D, E),
-        output_EHD=draw(E, H, D),
-        **({name: draw(*shape) for name, shape in biases.items()} if bias else {}),
-    )
 
 
 def context(num_key_value_heads: int, layer_idx: int = 0, seed: int = 0, **known) -> MethodContext:
@@ -62,10 +48,6 @@ class Content:
         mask = torch.full((1, 1, 9, 9), -torch.inf).triu(1)
         both = {"donor_BLE": inputs_BLE, "student_BLE": inputs_BLE}
         return [AttentionRows(**both, mask_BHLS=mask, scaling=0.4)]
-
-
-def tensors_of(heads: AttentionWeights) -> dict[str, torch.Tensor | None]:
-    return {field.name: getattr(heads, field.name) for field in fields(heads)}
 
 
 def layer_output(heads: AttentionWeights, tokens: int = 7) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_gqa import Refusal, convert, convert_checkpoint, open_donor
 
-from .test_conformance import assert_same_tensors, logits_of
+from .conformance import assert_same_tensors, logits_of
 from .tiny_donors import tiny_donor
 
 

@@ -19,8 +19,9 @@ from hf_gqa.export.markdown import block, code, plain
 from hf_gqa.export.model_card import TEMPLATE, card_of, make_card, report_sha256
 from hf_gqa.human_units import number
 
+from .command_line import assert_one_message, run_cli
+from .donor_folders import write_donor
 from .sample_report import sample_report
-from .test_bad_input import assert_one_message, run_cli, write_donor
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

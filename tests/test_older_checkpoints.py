@@ -8,7 +8,7 @@ from transformers import AutoModelForMaskedLM, BertModel
 
 from hf_gqa import Refusal, convert, convert_checkpoint
 
-from .test_conformance import assert_same_tensors
+from .conformance import assert_same_tensors
 from .tiny_donors import tiny_donor
 
 

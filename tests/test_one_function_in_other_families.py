@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_gqa import convert
 
-from .test_conformance import assert_close_for_float32
+from .conformance import assert_close_for_float32
 from .tiny_donors import tiny_donor
 
 

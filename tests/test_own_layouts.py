@@ -11,14 +11,9 @@ from hf_gqa import Refusal, convert, convert_checkpoint, open_donor, verify
 from hf_gqa.convert.cache_bytes import cache_bytes_per_token_measured
 from hf_gqa.runtime.modeling_gqa_falcon import GQAFalconForCausalLM
 
-from .test_conformance import (
-    assert_close_for_float32,
-    assert_same_tensors,
-    cached_head_counts,
-    logits_of,
-)
-from .test_conformance_decoding import assert_cached_equals_uncached, assert_same_generation, generate
-from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
+from .conformance import assert_close_for_float32, assert_same_tensors, cached_head_counts, logits_of
+from .decoding import assert_cached_equals_uncached, assert_same_generation, generate
+from .oracle import assert_same_logits, model_key_value_views, overwrite_groups
 from .tiny_donors import tiny_donor, tokens_and_mask, use_attention
 
 

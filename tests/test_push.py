@@ -21,9 +21,10 @@ from hf_gqa.export.push import CheckFailed, PushPlan, plan_push, push, upload, w
 from hf_gqa.export.pushed_files import files_to_push
 from hf_gqa.export.verify import Check
 
+from .command_line import assert_one_message, run_cli
+from .donor_folders import files_of, write_donor
 from .hub_stand_in import OWNER, TOKEN, Repository, hub_stand_in, logged_in_hub
 from .sample_report import sample_report
-from .test_bad_input import assert_one_message, files_of, run_cli, write_donor
 
 
 REPO = f"{OWNER}/two-heads"

@@ -11,8 +11,8 @@ from hf_gqa.convert.bundle_code import runtime_files
 from hf_gqa.export import push as push_module
 from hf_gqa.export.push import push
 
+from .command_line import assert_one_message, run_cli
 from .hub_stand_in import OWNER, logged_in_hub
-from .test_bad_input import assert_one_message, run_cli
 
 
 REPO = f"{OWNER}/renewed"

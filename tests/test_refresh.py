@@ -31,8 +31,9 @@ from hf_gqa.export.verify import fresh_process
 from hf_gqa.runtime import native_call
 from hf_gqa.uptrain.export_student import export_student
 
+from .command_line import run_cli
 from .conftest import verify_in_warm_processes
-from .test_bad_input import edit_json, files_of, run_cli, write_donor
+from .donor_folders import edit_json, files_of, write_donor
 
 
 OLD = Path(__file__).parent / "old_bundles"
@@ -180,6 +181,7 @@ def test_a_second_time_there_is_nothing_to_do(name, refreshed):
     assert not refresh(folder).is_needed and files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_decodes_right_again(refreshed, tmp_path):
     """In a process without hf_gqa: with a cache as without one, and what hf_gqa 0.1.0 computed on transformers 5.23."""
     jobs = [

@@ -15,8 +15,9 @@ from hf_gqa.export.push import plan_push
 from hf_gqa.export.verify import Check
 from hf_gqa.runtime import native_call
 
+from .command_line import assert_one_message, run_cli
+from .donor_folders import edit_json, files_of
 from .sample_report import sample_report
-from .test_bad_input import assert_one_message, edit_json, files_of, run_cli
 
 
 OLD_BUNDLE = Path(__file__).parent / "old_bundles" / "decoder"

@@ -12,6 +12,7 @@ import pytest
 import hf_gqa
 
 
+pytestmark = pytest.mark.slow  # runs that are stopped and waited for
 OLD_BUNDLE = Path(__file__).parent / "old_bundles" / "decoder"
 STOPPED_RUNS = """
 import ctypes, hashlib, json, os, resource, shutil, signal, sys, time

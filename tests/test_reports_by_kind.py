@@ -32,9 +32,9 @@ from hf_gqa.export.licence import Licence
 from hf_gqa.export.model_card import card_of
 from hf_gqa.refusal import Refusal
 
+from .balanced_page import Balanced
 from .sample_report import sample_report
 from .sample_reports_by_kind import encoder_report, masked_report, seq2seq_report
-from .test_evaluate_page import Balanced
 
 
 REPORTS = {"seq2seq": seq2seq_report, "masked_lm": masked_report, "encoder": encoder_report}

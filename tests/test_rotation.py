@@ -17,7 +17,7 @@ from hf_gqa.weights.mixable_blocks import from_blocks, to_blocks
 from hf_gqa.weights.query_fit import AttentionRows, fitted_queries
 from hf_gqa.weights.rotation import Rotation, rotation_of, turns
 
-from .test_methods import random_heads, tensors_of
+from .random_heads import random_heads, tensors_of
 
 
 HEADS, HEAD_DIM, HIDDEN, TOKENS = 4, 12, 10, 9

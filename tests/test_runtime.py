@@ -11,8 +11,7 @@ from hf_gqa import convert
 from hf_gqa.convert.families import load_family
 from hf_gqa.runtime.layer_plan import LayerPlan, check_rows, uniform_rows
 
-from .covering import each_value
-from .test_conformance import (
+from .conformance import (
     ATTENTIONS,
     assert_close_for_float32,
     assert_same_tensors,
@@ -23,51 +22,20 @@ from .test_conformance import (
     every_storage,
     logits_of,
 )
-from .test_conformance_decoding import assert_cached_equals_uncached, generate, logits_in_chunks, new_cache
-from .test_conformance_oracle import assert_same_logits, model_key_value_views, overwrite_groups
+from .covering import each_value
+from .decoding import assert_cached_equals_uncached, generate, logits_in_chunks, new_cache
+from .oracle import assert_same_logits, model_key_value_views, overwrite_groups
 from .tiny_donors import (
     ALL_MODEL_TYPES,
     MODEL_TYPES,
     NUM_ATTENTION_HEADS,
-    default_head,
-    tiny_config,
-    tiny_donor,
     tokens_and_mask,
     use_attention,
 )
+from .uneven_students import UNEVEN, auto_head, bundle_config, uneven_student
 
 
-UNEVEN = (2, 1)
 REFUSED_FIRST = {"num_hidden_layers": ("gpt_neo", "smollm3"), "layer_plan": ("gpt_bigcode",)}
-
-
-def auto_head(model_type: str):
-    return getattr(transformers, default_head(model_type))
-
-
-def bundle_config(model_type: str, heads: tuple[int, ...] | None, **changes):
-    family = load_family(model_type)
-    donor = tiny_config(model_type, **changes).to_dict()
-    for field in ("model_type", "num_key_value_heads", "architectures", "transformers_version"):
-        donor.pop(field, None)
-    plan = heads and [{"num_key_value_heads": n} for n in heads]
-    return family.config_class(**donor, num_key_value_heads=heads and max(heads), layer_plan=plan)
-
-
-def uneven_student(model_type: str, heads: tuple[int, ...] = UNEVEN) -> PreTrainedModel:
-    """A bundle whose layers have different numbers of KV heads, with weights that show in the logits."""
-    student = auto_head(model_type).from_config(bundle_config(model_type, heads)).eval()
-    donor = tiny_donor(model_type)
-    generator = torch.Generator().manual_seed(1)
-    like_donor = donor.state_dict()
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            same = like_donor.get(name)
-            if same is not None and same.shape == parameter.shape:
-                parameter.copy_(same)
-            else:
-                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    return student
 
 
 def copies_of_heads(student: PreTrainedModel) -> PreTrainedModel:

@@ -11,8 +11,9 @@ from hf_gqa.convert.calibration import Calibration, calibrate
 from hf_gqa.convert.manifest import Manifest
 from hf_gqa.export.calibration_text import make_calibration
 
-from .test_bad_input import assert_one_message, run_cli, write_donor
-from .test_calibrated_conversion import rows
+from .alike_donors import rows
+from .command_line import assert_one_message, run_cli
+from .donor_folders import write_donor
 from .tiny_donors import tiny_donor
 
 

@@ -16,7 +16,7 @@ from hf_gqa.workflow.head_budget import allot_heads
 from hf_gqa.workflow.rows_as_windows import rows_as_windows
 from hf_gqa.workflow.search_plan import search_plan
 
-from .test_calibrated_conversion import alike_donor, put, rows
+from .alike_donors import alike_donor, put, rows
 from .tiny_donors import tiny_donor
 
 

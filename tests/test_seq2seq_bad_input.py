@@ -18,8 +18,8 @@ from hf_gqa import ConversionPlan, Refusal, convert
 from hf_gqa.runtime.modeling_gqa_t5 import GQAT5Config
 from hf_gqa.runtime.modeling_gqa_whisper import GQAWhisperConfig
 
+from .seq2seq_conformance import assert_close, assert_same_logits, every_family, overwrite_groups
 from .seq2seq_donors import NUM_ATTENTION_HEADS, logits_of, randomised, seq2seq_config, seq2seq_donor
-from .test_seq2seq import assert_close, assert_same_logits, every_family, overwrite_groups
 from .tiny_donors import tiny_donor
 
 

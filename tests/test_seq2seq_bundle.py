@@ -14,6 +14,8 @@ from hf_gqa.cli.printing import all_heads_in_words
 from hf_gqa.export.verify import verify
 
 from . import warm_process
+from .conformance import assert_same_tensors
+from .seq2seq_conformance import every_family
 from .seq2seq_donors import (
     NUM_ATTENTION_HEADS,
     decoder_tokens,
@@ -22,8 +24,6 @@ from .seq2seq_donors import (
     logits_of,
     seq2seq_donor,
 )
-from .test_conformance import assert_same_tensors
-from .test_seq2seq import every_family
 
 
 # Not run where a release has none for a family (T5 before 5.8).

@@ -11,6 +11,7 @@ from hf_gqa import convert
 from hf_gqa.convert.cache_bytes_by_kind import cache_bytes_by_kind, cache_bytes_by_kind_measured
 from hf_gqa.runtime.native_call import with_cache
 
+from .seq2seq_conformance import assert_close, every_attention, every_family
 from .seq2seq_donors import (
     decoder_tokens,
     encoder_inputs,
@@ -19,7 +20,6 @@ from .seq2seq_donors import (
     seq2seq_donor,
     sites_of,
 )
-from .test_seq2seq import assert_close, every_attention, every_family
 from .tiny_donors import SEQ2SEQ_TYPES
 
 

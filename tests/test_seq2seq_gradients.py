@@ -6,9 +6,9 @@ from transformers import PreTrainedModel
 
 from hf_gqa import convert
 
+from .gradients import enable_checkpointing
+from .seq2seq_conformance import KEYS_AND_VALUES, assert_close, every_attention
 from .seq2seq_donors import decoder_tokens, encoder_inputs, seq2seq_donor
-from .test_conformance_gradients import enable_checkpointing
-from .test_seq2seq import KEYS_AND_VALUES, assert_close, every_attention
 
 
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from hf_gqa.convert.target import choose_target
 from hf_gqa.export.explanation import explain
 from hf_gqa.runtime.native_call import with_cache
 
+from .conformance import assert_close_for_float32, assert_same_tensors, every_attention, logits_of
 from .sharing_students import (
     CASES,
     DEPTH,
@@ -29,10 +30,10 @@ from .sharing_students import (
     every_family,
     of_each_storage_a_case,
     oracle_of,
+    plain_logits,
     sharing_student,
 )
-from .test_conformance import assert_close_for_float32, assert_same_tensors, every_attention, logits_of
-from .test_in_memory_equals_on_disk import ONE_TENSOR_EACH, assert_same_student, stored, written
+from .students_on_disk import ONE_TENSOR_EACH, assert_same_student, stored, written
 from .tiny_donors import UNTIED_ENCODERS, tokens_and_mask
 
 
@@ -43,7 +44,7 @@ def test_student_equals_the_donor_made_to_share(model_type, plan, attention):
     real = tokens_and_mask()[1].bool()
     expected = logits_of(oracle, padded=True, use_cache=False)
     assert_close_for_float32(logits_of(student, padded=True, use_cache=False)[real], expected[real])
-    assert not torch.allclose(expected[real], logits_of(deep_donor(model_type), padded=True)[real], atol=1e-2)
+    assert not torch.allclose(expected[real], plain_logits(model_type)[real], atol=1e-2)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

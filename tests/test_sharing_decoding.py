@@ -6,10 +6,10 @@ from transformers import StaticCache
 
 from hf_gqa.runtime.native_call import with_cache
 
+from .conformance import ATTENTIONS, assert_close_for_float32, logits_of
 from .covering import each_value
+from .decoding import VARIED, assert_cached_equals_uncached, assert_same_generation, generate
 from .sharing_students import CASES, every_family, sharing_student
-from .test_conformance import ATTENTIONS, assert_close_for_float32, logits_of
-from .test_conformance_decoding import VARIED, assert_cached_equals_uncached, assert_same_generation, generate
 from .tiny_donors import tokens_and_mask
 
 

@@ -15,10 +15,11 @@ from hf_gqa.runtime.layer_plan import LayerPlan, read_rows
 from hf_gqa.weights.assignment import cheapest_assignment
 from hf_gqa.weights.head_tensors import write_heads
 
+from .command_line import assert_one_message, run_cli
+from .conformance import assert_same_tensors, logits_of
+from .donor_folders import write_donor
 from .sharing_students import FAMILIES, deep_donor
-from .test_bad_input import assert_one_message, run_cli, write_donor
-from .test_conformance import assert_same_tensors, logits_of
-from .test_in_memory_equals_on_disk import assert_same_student
+from .students_on_disk import assert_same_student
 from .tiny_donors import VOCAB_SIZE, of_each_storage
 
 

@@ -10,9 +10,9 @@ from hf_gqa.convert.donor import donor_from_model
 from hf_gqa.runtime.layer_plan import read_rows
 from hf_gqa.weights.head_tensors import read_heads
 
+from .conformance import DROPOUTS, assert_close_for_float32, every_attention
+from .gradients import enable_checkpointing, gradients
 from .sharing_students import every_family, of_each_storage_a_case, oracle_of, sharing_student
-from .test_conformance import DROPOUTS, assert_close_for_float32, every_attention
-from .test_conformance_gradients import enable_checkpointing, gradients
 from .tiny_donors import NUM_ATTENTION_HEADS, tokens_and_mask
 
 

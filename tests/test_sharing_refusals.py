@@ -11,8 +11,9 @@ from hf_gqa.convert.plan import ConversionPlan
 from hf_gqa.runtime.layer_plan import LayerPlan, check_rows
 from hf_gqa.sharing import SHARINGS, every, nearest_owners
 
+from .command_line import assert_one_message, run_cli
+from .donor_folders import write_donor
 from .sharing_students import PLANS, deep_donor
-from .test_bad_input import assert_one_message, run_cli, write_donor
 
 
 TYPES = ["sliding_attention", "full_attention"] * 2

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hf_gqa import convert_checkpoint
 
 from .sharing_students import deep_donor
-from .test_uptrain_distributed import distance, facts_in, in_this_process, numbers_of, torchrun
+from .two_processes import distance, facts_in, in_this_process, numbers_of, torchrun
 
 
 PHASES = [{"objective": {"kl": 0.7, "cross_entropy": 0.3}, "learning_rate": 0.3, "attention_learning_rate": 1.5}]

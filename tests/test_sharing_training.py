@@ -13,7 +13,7 @@ from hf_gqa.uptrain.objectives.distill import PHASES as ATTENTION_FIRST
 from hf_gqa.uptrain.objectives.echo import PHASES as ECHO
 
 from .sharing_students import deep_donor, sharing_student
-from .test_uptrain_distributed import distance, facts_in, in_this_process, numbers_of, torchrun
+from .two_processes import distance, facts_in, in_this_process, numbers_of, torchrun
 
 
 STUDENTS = {

@@ -19,7 +19,8 @@ from hf_gqa import Refusal, convert_checkpoint
 from hf_gqa.export import write_student
 from hf_gqa.staging import staged_folder
 
-from .test_bad_input import assert_one_message, files_of, run_cli, write_sharded_donor
+from .command_line import assert_one_message, run_cli
+from .donor_folders import files_of, write_sharded_donor
 
 
 STOPPED_RUNS = """

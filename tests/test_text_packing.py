@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,6 +18,7 @@ from hf_gqa.text import packing
 from hf_gqa.text.packing import PackedCollator, check_packing, packed_rows, token_pieces
 
 from .tiny_donors import SOME_MODEL_TYPES, VOCAB_SIZE, tiny_donor
+from .tiny_tokenizer import letters
 
 
 KEEPING_APART = [*SOME_MODEL_TYPES, "phi", "starcoder2", "olmo2", "cohere"]
@@ -28,24 +28,6 @@ LOOKING_ACROSS = ["bloom", "mpt", "opt"]  # their masks do not ask for positions
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-
-
-@functools.cache
-def letters(bos: bool = True, eos: bool = True, same: bool = False) -> PreTrainedTokenizerFast:
-    """One token per character: a is 4, b is 5, ...; BOS is 1, EOS 2, or both are 1."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\n": 3} | {chr(97 + n): 4 + n for n in range(26)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    end = "<s>" if same else "</s>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token=end if eos else None,
-        model_max_length=8,
-    )
 
 
 def dataset(*texts: str | None) -> Dataset:

@@ -13,8 +13,8 @@ from hf_gqa import Refusal
 from hf_gqa.text import sampled as sampled_text
 from hf_gqa.text.sampled import sampled_rows
 
-from .test_text_packing import letters
 from .tiny_donors import MODEL_TYPES, SOME_MODEL_TYPES, tiny_donor
+from .tiny_tokenizer import letters
 
 
 WANTED = {"donor_id": "d", "tokens": 100, "sequence_length": 12, "seed": 3, "batch_size": 4}

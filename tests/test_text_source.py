@@ -17,7 +17,7 @@ from hf_gqa import Refusal
 from hf_gqa.text import source as text_source
 from hf_gqa.text.source import TextSource, fingerprint, open_documents
 
-from .test_text_packing import letters
+from .tiny_tokenizer import letters
 
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% if message.tool is defined %}!{% endif %}{% endfor %}"

@@ -19,13 +19,11 @@ from hf_gqa.uptrain.lora import add_lora, in_four_bits, keep_gradients, lora_con
 from hf_gqa.uptrain.phases import Objective, Phase
 from hf_gqa.uptrain.trainer import UptrainTrainer
 
-from .test_bad_input import assert_one_message, run_cli
-from .test_uptrain_phases import arguments, refused, rows_of
-from .test_uptrain_recipe import Folders, arguments_of, own_cache, some_text, uptrained, write_folders
-from .test_uptrain_run import loss_by_hand
-from .test_uptrain_teacher import PEFT_ASKS, PEFT_SAYS
+from .command_line import assert_one_message, run_cli
+from .phases import PEFT_ASKS, PEFT_SAYS, arguments, refused, rows_of
 from .tiny_donors import tiny_donor, tokens_and_mask
 from .tiny_tokenizer import letter_tokenizer
+from .uptrain_command import Folders, arguments_of, loss_by_hand, own_cache, some_text, uptrained, write_folders
 
 
 __all__ = ["own_cache"]

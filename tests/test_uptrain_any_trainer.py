@@ -15,9 +15,8 @@ from hf_gqa.uptrain.objectives import OBJECTIVES
 from hf_gqa.uptrain.phases import Objective, Phase
 from hf_gqa.uptrain.trainer import DistillationMixin, UptrainTrainer
 
-from .test_conformance import DROPOUTS
-from .test_uptrain_callback import Steps, assert_equal, student_of, trained, values_of
-from .test_uptrain_phases import (
+from .conformance import DROPOUTS
+from .phases import (
     LENGTH,
     MIXED,
     TEXT,
@@ -30,6 +29,7 @@ from .test_uptrain_phases import (
     rows_of,
     uptrained,
 )
+from .plain_training import Steps, assert_equal, student_of, trained, values_of
 from .tiny_donors import tiny_donor
 from .tiny_tokenizer import letter_tokenizer
 

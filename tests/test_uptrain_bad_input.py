@@ -12,20 +12,25 @@ from transformers import AutoModel
 
 from hf_gqa import convert_checkpoint
 from hf_gqa.uptrain.objectives import OBJECTIVES
-from hf_gqa.uptrain.trainer import UptrainTrainer
 
-from .test_bad_input import assert_one_message, files_of, run_cli
-from .test_text_packing import letters
-from .test_uptrain_recipe import Folders, arguments_of, run_uptrain, some_text, uptrained, write_folders
-from .test_uptrain_run import tensors_of
+from .command_line import assert_one_message, run_cli
+from .donor_folders import files_of
 from .tiny_donors import tiny_donor
+from .tiny_tokenizer import letters
+from .uptrain_command import (
+    Folders,
+    arguments_of,
+    interrupted,
+    own_cache,
+    run_uptrain,
+    some_text,
+    tensors_of,
+    uptrained,
+    write_folders,
+)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
-        yield
+__all__ = ["own_cache"]
 
 
 @pytest.fixture(scope="module")
@@ -321,24 +326,6 @@ def without_times(report: dict) -> dict:
     times = ("output", "seconds", "tokens_per_second", "log")
     log = [{key: entry[key] for key in ("eval_loss", "loss", "tokens_seen") if key in entry} for entry in report["log"]]
     return {key: value for key, value in report.items() if key not in times} | {"losses": list(filter(None, log))}
-
-
-def interrupted(folders: Folders, output: Path, monkeypatch, **options):
-    """A run that ends in its fifth step; the checkpoint of step 3 is there."""
-    original, calls = UptrainTrainer.training_step, []
-
-    def step(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(UptrainTrainer, "training_step", step)
-        result = run_uptrain(folders, output, **options)
-    assert result.exit_code in (1, 130) and "Traceback" not in result.stderr
-    assert [path.name for path in output.parent.iterdir()] == [f"{output.name}.unfinished"]
-    assert (output.parent / f"{output.name}.unfinished/checkpoint-3").is_dir()
 
 
 def test_unfinished_run_is_discarded_when_asked(tmp_path, folders, plain, monkeypatch):

@@ -8,51 +8,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_gqa import Refusal, convert, convert_checkpoint, open_donor, verify
+from hf_gqa import Refusal, convert_checkpoint, open_donor, verify
 from hf_gqa.convert.manifest import Manifest
 from hf_gqa.uptrain.callback import NonFiniteGradient, UptrainCallback, cache_facts, resolve_budget
 from hf_gqa.uptrain.freezing import trained_names
 from hf_gqa.uptrain.phases import Phase
 
-from .test_house_rules import run_python
-from .test_uptrain_phases import LENGTH, TEXT, arguments, data_set, refused
+from .fresh_process import run_python
+from .phases import LENGTH, TEXT, arguments, refused
+from .plain_training import Steps, assert_equal, student_of, trained, values_of
 from .tiny_donors import tiny_donor
-
-
-def student_of(model_type: str = "llama", export: str = "auto", **changes):
-    return convert(tiny_donor(model_type, **changes), num_key_value_heads=2, export=export)
-
-
-def trained(folder, model=None, num_rows=8, callbacks=(), resume=None, trainer_class=Trainer, rows=None, **options):
-    """A finished trainer; options of the callback, and `args` for the Trainer."""
-    args = arguments(folder, **options.pop("args", {}))
-    uptrain = UptrainCallback(**options)
-    trainer = trainer_class(
-        model=model if model is not None else student_of(), args=args, train_dataset=rows or data_set(num_rows, LENGTH),
-        eval_dataset=data_set(3, LENGTH, seed=5), callbacks=[uptrain, *callbacks],
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def values_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
-
-
-class Steps(TrainerCallback):
-    """Which parameters got gradients, and the learning rate, of each step."""
-
-    def __init__(self):
-        self.with_gradient, self.rates = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
-        self.with_gradient.append({name for name, tensor in model.named_parameters() if tensor.grad is not None})
-        self.rates.append(optimizer.param_groups[0]["lr"])
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (2, 2), (4, 2), (1, 3)])

@@ -9,14 +9,12 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -28,12 +26,12 @@ from hf_gqa import convert_checkpoint
 from hf_gqa.uptrain.checkpoints import newest_complete
 from hf_gqa.uptrain.recipe import UptrainRecipe
 from hf_gqa.uptrain.run import uptrain
-from tests import warm_process
-from tests.distributed_run import GLOBAL_ROWS, Rows, Scenario, run
+from tests.distributed_run import GLOBAL_ROWS, Rows
 from tests.tiny_donors import tiny_donor
 
+from .two_processes import TESTS, distance, facts_in, free_port, in_this_process, numbers_of, torchrun
 
-TESTS = Path(__file__).parent
+
 EXAMPLES = TESTS.parent / "examples"
 NEEDS_EXAMPLES = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the tests run without the checkout's examples")
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
@@ -79,41 +77,12 @@ def launch(command: list[str], log: Path, **environment: str) -> str:
     return printed
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def torchrun(scenarios: dict[str, dict], folder: Path, wrapper: str) -> Path:
-    """What torchrun does, with processes that start in no time; what `accelerate launch` starts has all to import."""
-    listed, log = folder / "scenarios.json", folder / "log.txt"
-    listed.write_text(json.dumps([{"name": name, **values} for name, values in scenarios.items()]))
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [TESTS / "distributed_run.py", listed, folder, wrapper]
-    processes = [
-        warm_process.start(command, folder, log, log, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")
-    ]
-    for process in processes:
-        process.join(timeout=300)
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0], log.read_text(errors="replace")[-8000:]
-    return folder
-
-
 def accelerate(config: Path, command: list) -> str:
     """With two processes and no mixed precision, whatever the file says."""
     options = ["--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
     options += ["--main_process_port", free_port(), *map(str, command)]
     with tempfile.TemporaryDirectory() as folder:
         return launch([sys.executable, "-m", "accelerate.commands.launch", *options], Path(folder) / "log.txt")
-
-
-def in_this_process(scenarios: dict[str, dict], folder: Path) -> Path:
-    for name, values in scenarios.items():
-        run(Scenario(name=name, **values), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -141,20 +110,6 @@ def runs_of(scenarios: dict[str, dict]):
 
 
 quick, slow = runs_of(QUICK), runs_of(SLOW)
-
-
-def facts_in(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name].double() - other[name].double()).abs().max().item() for name in other)
-
-
-def numbers_of(entry: dict) -> dict:
-    clocks = ("runtime", "per_second", "flos")
-    return {name: value for name, value in entry.items() if not any(clock in name for clock in clocks)}
 
 
 def assert_same_log(found: list[dict], wanted: list[dict], rel: float = 1e-6, gradient: float = 1e-10) -> None:

@@ -11,9 +11,8 @@ from hf_gqa import Refusal, convert
 from hf_gqa.uptrain.layer_matching import LayerOutputs, relative_error
 from hf_gqa.uptrain.lora import lora_config
 
-from .test_conformance import DROPOUTS, every_attention, every_export, in_bfloat16, some_families
-from .test_uptrain_phases import every_objective, losses_of, models_of, phase_of, uptrained
-from .test_uptrain_teacher import PEFT_ASKS, PEFT_SAYS
+from .conformance import DROPOUTS, every_attention, every_export, in_bfloat16, some_families
+from .phases import PEFT_ASKS, PEFT_SAYS, every_objective, losses_of, models_of, phase_of, uptrained
 from .tiny_donors import NUM_LAYERS, tiny_donor, tokens_and_mask
 
 

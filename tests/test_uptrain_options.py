@@ -11,13 +11,13 @@ from hf_gqa.cli.recipe_options import Asked
 from hf_gqa.evaluate.recipe import EvaluationRecipe
 from hf_gqa.uptrain.recipe import UptrainRecipe
 
-from .test_bad_input import assert_one_message, run_cli
-from .test_uptrain_bad_input import interrupted
-from .test_uptrain_recipe import (
+from .command_line import assert_one_message, run_cli
+from .uptrain_command import (
     FRACTION,
     NO_TEXT,
     STEP_TOKENS,
     arguments_of,
+    interrupted,
     own_cache,
     recipe,
     some_text,

@@ -1,9 +1,8 @@
-"""The recipe of a run: YAML, checks, options, what is printed, where text comes from; other tests share the first part."""
+"""The recipe of a run: YAML, checks, options, what is printed, where text comes from."""
 
 import json
 import shutil
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
@@ -12,75 +11,34 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.main import get_command
 
-from hf_gqa import Refusal, convert_checkpoint
+from hf_gqa import Refusal
 from hf_gqa.cli import app
 from hf_gqa.uptrain.objectives import OBJECTIVES
 from hf_gqa.uptrain.phases import Objective, Phase
 from hf_gqa.uptrain.recipe import UptrainRecipe
 
-from .test_bad_input import assert_one_message, files_of, run_cli
-from .test_text_packing import letters
-from .tiny_donors import SOME_MODEL_TYPES, tiny_donor
+from .command_line import assert_one_message, run_cli
+from .donor_folders import files_of
+from .tiny_donors import SOME_MODEL_TYPES
+from .uptrain_command import (
+    BUDGET,
+    FRACTION,
+    NO_TEXT,
+    STEP_TOKENS,
+    TEXT,
+    Folders,
+    arguments_of,
+    own_cache,
+    recipe,
+    run_uptrain,
+    some_text,
+    uptrained,
+    write_folders,
+)
 
 
+__all__ = ["own_cache"]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}\n{{ message['content'] }}\n{% endfor %}"
-LENGTH, BUDGET, STEP_TOKENS = 32, 1000, 128
-SIZES = {
-    **{"budget-tokens": BUDGET, "sequence-length": LENGTH, "per-device-train-batch-size": STEP_TOKENS // LENGTH},
-    **{"learning-rate": 5e-3, "save-steps": 3, "eval-steps": 4, "logging-steps": 1, "eval-tokens": 256},
-}
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "see", "that", "big", "dog", "who", "had", "one")
-
-
-@dataclass(frozen=True)
-class Folders:
-    """A tiny random donor with a tokenizer, its student of half the KV heads, and text."""
-
-    donor: Path
-    student: Path
-    text: Path
-
-    @property
-    def root(self) -> Path:
-        return self.donor.parent
-
-
-def some_text(number_of_words: int, seed: int = 0) -> str:
-    picks = torch.randint(len(WORDS), (number_of_words,), generator=torch.Generator().manual_seed(seed))
-    return "\n".join(WORDS[pick] for pick in picks)
-
-
-def write_folders(root: Path, dtype=torch.float32, export="auto", model_type="llama", **changes) -> Folders:
-    folders = Folders(root / "donor", root / "student", root / "text.txt")
-    tiny_donor(model_type, **changes).to(dtype).save_pretrained(folders.donor)
-    letters().save_pretrained(folders.donor)
-    convert_checkpoint(folders.donor, folders.student, num_key_value_heads=2, export=export)
-    folders.text.write_text(some_text(1200))
-    return folders
-
-
-def arguments_of(folders: Folders, output: Path, *flags, **options) -> list:
-    """Of a run of 8 steps, the last of them smaller; None takes an option away, a list repeats it."""
-    options = {name.replace("_", "-"): value for name, value in options.items()}
-    given = {"teacher": folders.donor, "train-file": folders.text} | SIZES | options
-    given |= {"eval-tokens": None} if "eval-file" in options else {}
-    pairs = [(name, one) for name, value in given.items() for one in (value if isinstance(value, list) else [value])]
-    made = [part for name, value in pairs if value is not None for part in (f"--{name}", value)]
-    return ["uptrain", folders.student, output, *made, *flags]
-
-
-def run_uptrain(folders: Folders, output: Path, *flags, **options):
-    return run_cli(*arguments_of(folders, output, *flags, **options))
-
-
-def uptrained(folders: Folders, output: Path, *flags, **options) -> dict:
-    """What `uptraining.json` says of a run that went well."""
-    result = run_uptrain(folders, output, *flags, **options)
-    assert result.exit_code == 0 and result.stderr == "", result.stderr or repr(result.exception)
-    assert sorted(path.name for path in output.parent.glob(f"*{output.name}*")) == [output.name]
-    return json.loads((output / "uptraining.json").read_text())
-
-
 PHASES = (
     Phase(share=0.25, objective=Objective(attention_output=1.0, teacher_forced=True), train="attention"),
     Phase(objective=Objective(kl=1.0, temperature=2.0), learning_rate=0.5, attention_learning_rate=2.0, warmup=0.0),
@@ -108,9 +66,6 @@ OTHER_VALUES = {
     **{"gradient_checkpointing": True, "bf16": True, "dtype": "bfloat16", "torch_compile": True, "seed": 5},
     **{"logging_steps": 2, "eval_steps": 3, "save_steps": 4, "export": "best"},
 }
-TEXT = {"train_file": "a.txt", "budget_tokens": 1000}
-FRACTION = {"budget_tokens": None, "budget_fraction": 0.05, "pretraining_tokens": 10**12}
-NO_TEXT = {"train_file": ()}
 NEEDED = {
     "dataset_name": NO_TEXT,
     "dataset_config_name": NO_TEXT | {"dataset_name": "d/e"},
@@ -123,10 +78,6 @@ NEEDED = {
     "budget_fraction": FRACTION,
     "pretraining_tokens": FRACTION,
 }
-
-
-def recipe(**changes) -> UptrainRecipe:
-    return UptrainRecipe(**TEXT | changes)
 
 
 def test_every_field_has_another_value_here():
@@ -287,13 +238,6 @@ def test_options_win_over_the_file(tmp_path):
     assert [phase["train"] for phase in found["phases"]] == ["all"] and found["written"] is False
     assert_one_message(run_cli(*asked, "--train-file", tmp_path / "b.txt"), 2, f"{tmp_path / 'b.txt'}: is no file")
     assert files_of(tmp_path) == before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,44 +10,26 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import hf_gqa
 from hf_gqa.uptrain.objectives import OBJECTIVES
 
-from .test_bad_input import files_of
-from .test_text_packing import letters
-from .test_uptrain_recipe import (
+from .donor_folders import files_of
+from .uptrain_command import (
     BUDGET,
     LENGTH,
     STEP_TOKENS,
     arguments_of,
+    loss_by_hand,
+    own_cache,
     some_text,
+    tensors_of,
     uptrained,
     write_folders,
 )
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def loss_by_hand(folder: Path, text: Path) -> float:
-    """Mean cross-entropy of a text that is one document, in rows of LENGTH that begin anew."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), letters()
-    tokens = torch.tensor([*tokenizer(text.read_text(), verbose=False)["input_ids"], tokenizer.eos_token_id])
-    rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    with torch.no_grad():
-        logits = model.eval()(rows).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
-        yield
+__all__ = ["own_cache"]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from hf_gqa.uptrain import write_teacher_logits as writer
 from hf_gqa.uptrain.stored_teacher import StoredTeacher, TeacherLogitsSettings, describe_rows, read_rows, read_settings
 from hf_gqa.uptrain.write_teacher_logits import write_teacher_logits
 
-from .test_house_rules import run_python
+from .fresh_process import run_python
 from .tiny_donors import SOME_MODEL_TYPES, VOCAB_SIZE, tiny_donor
 
 

@@ -16,16 +16,14 @@ from hf_gqa.uptrain.stored_teacher import StoredTeacher
 from hf_gqa.uptrain.teacher import TeacherLogits, check_vocabulary, load_teacher, teacher_memory
 from hf_gqa.uptrain.trainer import check_teacher
 
-from .test_conformance import every_attention, in_bfloat16, logits_of, some_families
-from .test_uptrain_phases import models_of, refused, trainer_of
+from .conformance import every_attention, in_bfloat16, logits_of, some_families
+from .phases import PEFT_ASKS, PEFT_SAYS, models_of, refused, trainer_of
 from .tiny_donors import VOCAB_SIZE, tiny_donor, tokens_and_mask
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WITH_TEACHER = Objective(kl=0.6, cross_entropy=0.3, temperature=2.0)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # of transformers, in peft's constructor
-PEFT_SAYS = "ignore:fan_in_fan_out is set to"  # gpt2 has layers of both kinds
 
 
 def donor_on_disk(folder, model_type: str, dtype=torch.float32, **changes):

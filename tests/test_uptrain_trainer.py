@@ -20,12 +20,12 @@ from hf_gqa.uptrain.objectives import OBJECTIVES
 from hf_gqa.uptrain.phases import Objective, Phase, rate_of_step
 from hf_gqa.uptrain.trainer import DistillationMixin
 
-from .test_conformance import in_bfloat16
-from .test_uptrain_callback import Steps, assert_equal, values_of
-from .test_uptrain_phases import (
+from .conformance import in_bfloat16
+from .phases import (
     EPSILON,
     LENGTH,
     MIXED,
+    PEFT_ASKS,
     RATE,
     ROWS,
     assert_close,
@@ -38,7 +38,7 @@ from .test_uptrain_phases import (
     trainer_of,
     uptrained,
 )
-from .test_uptrain_teacher import PEFT_ASKS
+from .plain_training import Steps, assert_equal, values_of
 from .tiny_donors import tiny_donor
 
 

@@ -13,7 +13,8 @@ from hf_gqa import Refusal, convert_checkpoint, open_donor, verify
 from hf_gqa.convert import fresh_process
 from hf_gqa.convert.manifest import Manifest
 
-from .test_bad_input import assert_one_message, edit_json, files_of, run_cli, write_donor
+from .command_line import assert_one_message, run_cli
+from .donor_folders import edit_json, files_of, write_donor
 from .tiny_donors import tiny_donor
 
 

@@ -15,7 +15,7 @@ from hf_gqa.weights.attention_weights import AttentionWeights
 from hf_gqa.weights.checkpoint import SINGLE_FILE, Checkpoint, StateDict
 from hf_gqa.weights.head_tensors import head_norms, head_tensor_names, read_heads, write_heads
 
-from .test_conformance_oracle import split_of
+from .oracle import split_of
 from .tiny_donors import ALL_MODEL_TYPES, tiny_donor
 
 

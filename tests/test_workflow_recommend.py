@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from hf_gqa import convert_checkpoint, open_donor
-from hf_gqa.evaluate.report import Interval
 from hf_gqa.refusal import Refusal
 from hf_gqa.workflow.recommend import recommend
 from hf_gqa.workflow.serving import Wanted
 from hf_gqa.workflow.sweep_table import FORMAT, SweepRow, SweepTable, donor_hash
 
-from .test_bad_input import run_cli
+from .command_line import run_cli
+from .sweep_rows import row
 
 
 DONOR = "examples/donor"  # 6 layers, 8 heads of 32, hidden size 256, vocabulary 2048, tied, bfloat16
@@ -26,13 +26,6 @@ def donor():
 
 def wanted(**changes) -> Wanted:
     return Wanted(**({"context_tokens": 512, "batch_size": 4, "memory_bytes": 10**9} | changes))
-
-
-def row(heads: int, over: float, **changes) -> SweepRow:
-    values = dict.fromkeys(SweepRow.__dataclass_fields__, 0)
-    values |= {"plan": f"mean_pool-own-{heads}", "method": "mean_pool", "sharing": "own", "num_key_value_heads": heads}
-    values |= {"loss_nats_per_token": 3 + over, "loss_difference": Interval(value=over, low=over - 1, high=over + 1)}
-    return SweepRow(**values | changes)
 
 
 def sweep_of(donor, *rows: SweepRow) -> SweepTable:

@@ -10,9 +10,9 @@ from hf_gqa.runtime.native_call import cache_in, with_cache
 from hf_gqa.workflow.recommend import recommend
 from hf_gqa.workflow.serving import Wanted
 
+from .command_line import run_cli
+from .seq2seq_conformance import every_family
 from .seq2seq_donors import NUM_ATTENTION_HEADS, decoder_tokens, encoder_inputs, seq2seq_donor
-from .test_bad_input import run_cli
-from .test_seq2seq import every_family
 from .tiny_donors import tiny_donor
 
 

@@ -15,7 +15,7 @@ from hf_gqa.refusal import Refusal
 from hf_gqa.workflow import run_recipe
 from hf_gqa.workflow.run_recipe import Run, RunRecipe, read_run_recipe
 
-from .test_bad_input import assert_one_message, run_cli
+from .command_line import assert_one_message, run_cli
 
 
 DONOR = "examples/donor"

@@ -15,8 +15,8 @@ from hf_gqa.workflow import sweep as sweep_module
 from hf_gqa.workflow.sweep_plot import plot_sweep
 from hf_gqa.workflow.sweep_table import SweepTable, with_front
 
-from .test_bad_input import assert_one_message, run_cli
-from .test_workflow_recommend import row
+from .command_line import assert_one_message, run_cli
+from .sweep_rows import row
 from .tiny_text_models import tiny_bert, tiny_sentence_bert, tiny_t5, tokenizer_of_kind
 
 

@@ -28,6 +28,14 @@ def of_each_storage(model_types: list[str]) -> list[str]:
     return sorted(found.values())
 
 
+def is_of_another_alone(case) -> bool:
+    """Whether a case of a parametrized test, if it is one, is about families but about none of `REPRESENTATIVES`."""
+    values = [] if case is None else case.params.values()
+    firsts = [value[0] if isinstance(value, tuple) and value else value for value in values]
+    families = {name for name in firsts if isinstance(name, str)} & set(KNOWN)
+    return bool(families) and not families & REPRESENTATIVES
+
+
 def can_be_configured(model_type: str) -> bool:
     """False where a release of transformers refuses its own settings (mBART, M2M-100 and OLMo 2 in 5.4)."""
     try:
@@ -47,6 +55,8 @@ UNTIED_ENCODERS = [name for name in ENCODERS if not load_family(name).donor_layo
 MODEL_TYPES = [name for name in ALL_MODEL_TYPES if name not in ENCODERS]  # causal language models
 # What training and evaluation do does not depend on how a family attends; the others go through the conformance suite.
 SOME_MODEL_TYPES = ["gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
+# Those that `make test-fast` goes through: one of each way of storing heads, windows, experts, kinds of encoder-decoders.
+REPRESENTATIVES = {*of_each_storage(ALL_MODEL_TYPES), "gemma3_text", "mistral", "mixtral", "bart", "t5", "whisper"}
 NUM_ATTENTION_HEADS = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 99
