@@ -26,7 +26,7 @@ from .seq2seq_donors import (
 )
 
 
-# Not run where a release has none for a family (T5 before 5.8).
+# Not run where a release has none for a family (T5 before 5.15).
 DECODES_SDPA = "decoding from the cache equals one forward, attention sdpa"
 
 
