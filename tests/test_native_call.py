@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,14 +246,18 @@ def test_which_releases_are_in_the_range(monkeypatch, version, tested):
 
 
 def test_outside_the_range_it_warns_once(monkeypatch):
-    said = []
+    said, asked = [], []
     monkeypatch.setattr(native_call.logger, "warning_once", said.append)  # which says the same words once
-    bundle("llama")
+    native_call.warn_if_untested()
     assert said == []
-    monkeypatch.setattr(transformers, "__version__", "9.9.9")
-    bundle("llama")
-    bundle("gpt2")
+    monkeypatch.setattr(native_call, "transformers", SimpleNamespace(__version__="9.9.9"))
+    native_call.warn_if_untested()
+    native_call.warn_if_untested()
     assert len(set(said)) == 1 and "9.9.9 is installed" in said[0] and "hf-gqa refresh FOLDER" in said[0]
+    planned = next(c for c in type(bundle("llama").config).__mro__ if c.__name__ == "PlannedConfig")
+    monkeypatch.setitem(planned.__post_init__.__globals__, "warn_if_untested", lambda: asked.append(True))
+    bundle("llama")
+    assert asked
 
 
 old_name = pytest.mark.filterwarnings("ignore:.*past_key_values.* is deprecated")

@@ -231,10 +231,10 @@ def test_plans_of_before_read_and_write_as_they_did():
         ([], ["nothing says what to convert to", "--num-key-value-heads, --sharing or --plan"]),
         (["--sharing", "echo", "--shared-layers", "1,x"], ["--shared-layers 1,x: 'x' is no layer", "2,3 or 12-21"]),
         (["--sharing", "echo", "--shared-layers", "3-1"], ["--shared-layers 3-1: '3-1' is no layer"]),
-        (["--plan", "absent.yaml"], ["--plan absent.yaml: no such file"]),
+        (["--plan", "absent.yaml"], ["absent.yaml: not a readable YAML file (No such file", "Give a plan in YAML."]),
         (["--plan", "PLAN", "--sharing", "echo"], ["--sharing is part of the plan"]),
         (["--plan", "BAD"], ["plan: unknown key 'share'"]),
-        (["--plan", "BROKEN"], ["not YAML"]),
+        (["--plan", "BROKEN"], ["not a readable YAML file ("]),
     ],
 )
 def test_command_is_refused(options, words, tmp_path):
