@@ -86,7 +86,7 @@ test-oldest: wheel $(OLDEST_VENV)/locked
 		tests/test_conformance.py tests/test_conformance_oracle.py tests/test_seq2seq.py
 	cd $(OLDEST_VENV)/run && ONE_OF_EACH_STORAGE=1 ../bin/python -m pytest $(OLDEST_PYTEST) \
 		tests/test_conformance_decoding.py tests/test_conformance_gradients.py tests/test_conformance_heads.py \
-		tests/test_bundle.py tests/test_runtime.py tests/test_verify.py tests/test_sharing*.py \
+		tests/test_bundle.py tests/test_native_call.py tests/test_runtime.py tests/test_verify.py tests/test_sharing*.py \
 		tests/test_grouped_attention.py::test_what_does_not_fit_is_refused tests/test_grouped_attention_models.py \
 		tests/test_uptrain_teacher.py tests/test_uptrain_layer_matching.py tests/test_uptrain_callback.py \
 		tests/test_uptrain_trainer.py tests/test_uptrain_checkpoints.py tests/test_uptrain_any_trainer.py \
