@@ -33,12 +33,11 @@ WEIGHT_FILES = (
 
 def carry_files(folder: Path, destination: Path) -> None:
     """Copy what goes with a donor's weights into its student: tokenizer, generation settings, licence."""
-    for pattern in CARRIED_FILES:
-        for source in sorted(folder.glob(pattern)):
-            if is_carried(folder, source):
-                copy = destination / source.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, copy)
+    for source in sorted({path for pattern in CARRIED_FILES for path in folder.glob(pattern)}):
+        if is_carried(folder, source):
+            copy = destination / source.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, copy)
 
 
 def is_carried(folder: Path, path: Path) -> bool:
@@ -62,8 +61,10 @@ def left_behind(folder: Path, weights: Collection[str]) -> list[str]:
     told = {"config.json", "model.safetensors.index.json", "README.md", "conversion_manifest.json", *weights}
     found = []
     for path in sorted(folder.iterdir()):
+        if path.name in told or path.name.startswith("."):
+            continue
         inside = [inner for inner in path.rglob("*") if inner.is_file()] if path.is_dir() else [path]
-        if path.name not in told and not path.name.startswith(".") and not all(is_carried(folder, p) for p in inside):
+        if not all(is_carried(folder, inner) for inner in inside):
             found.append(path.name)
     return found
 

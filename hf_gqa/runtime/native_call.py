@@ -17,8 +17,10 @@ from transformers.utils import logging
 
 try:
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    PAGED_IN_ATTENTION = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
 except ImportError:  # moved by a later release: then such a cache fails where it is updated
-    PagedAttentionCache = ()
+    PagedAttentionCache, PAGED_IN_ATTENTION = (), False
 
 VERSION = "0.2.0"  # of the hf_gqa that this code belongs to
 TESTED_WITH = ("5.4.0", "5.24.0")  # oldest and newest transformers that this code was tested with
@@ -175,10 +177,10 @@ def update_paged(cache, key, value, layer_idx: int, handed: dict):
     """Keys and values with the earlier ones of their sequences, as transformers' continuous batching keeps them.
 
     Args:
-        handed: the keywords for the attention function. Since 5.24 the cache is updated here and changes these; before,
-            the attention function finds it among them and updates it.
+        handed: the keywords for the attention function. In releases whose cache takes them it is updated here and changes
+            them; in older ones the attention function finds it among them and updates it.
     """
-    if "kwargs" in inspect.signature(cache.update).parameters:
+    if PAGED_IN_ATTENTION:
         return cache.update(key, value, layer_idx, kwargs=handed)
     handed["cache"] = cache
     return key, value
